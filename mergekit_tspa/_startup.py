@@ -1,0 +1,78 @@
+"""Post-import hooks on three mergekit modules; standard library only.
+
+torch calls `install` at the end of `import torch` (entry-point group `torch.backends`), before mergekit's
+merge methods are imported.  `install` puts one finder on `sys.meta_path`; when one of the modules below is
+imported, its own loader runs first and `mergekit_tspa.graph.hooks` extends the module afterwards.  The loader
+object stays the original one, so source look-up, reload and zip imports work as before.
+
+`TORCH_DEVICE_BACKEND_AUTOLOAD=0` (torch's own switch) turns the entry point off.
+"""
+
+import importlib
+import sys
+import warnings
+from importlib.util import find_spec
+from types import ModuleType
+
+_HOOKED = ("mergekit.merge_methods.registry", "mergekit.merge", "mergekit.plan")
+
+
+def _extend(module) -> None:
+    """Run the hook of a freshly imported module; a failing hook leaves stock mergekit as it is."""
+    try:
+        importlib.import_module("mergekit_tspa.graph.hooks").extend(module)
+    except Exception as error:
+        warnings.warn(f"mergekit_tspa could not extend {module.__name__}: {error!r}", RuntimeWarning, stacklevel=2)
+
+
+class _Finder:
+    """Finds the three modules through the other finders and extends each once it has been executed."""
+
+    def __init__(self):
+        self._searching = set()
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in _HOOKED or name in self._searching:
+            return None
+        self._searching.add(name)
+        try:
+            spec = find_spec(name)
+        finally:
+            self._searching.discard(name)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            if module.__name__ == name:  # a zip importer is one loader for many modules
+                _extend(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+class _Importing(ModuleType):
+    """Class given to a module that is still being imported: extends it at its first use afterwards.
+
+    `from mergekit.merge import run_merge` as a program's first line imports torch from inside `mergekit.merge`.
+    """
+
+    def __getattribute__(self, name):
+        get = super().__getattribute__
+        if not get("__spec__")._initializing:
+            self.__class__ = ModuleType
+            _extend(self)
+        return get(name)
+
+
+def install() -> None:
+    """Register the hooks; idempotent, never raises."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for module in filter(None, map(sys.modules.get, _HOOKED)):
+        if getattr(module.__spec__, "_initializing", False):
+            module.__class__ = _Importing
+        else:
+            _extend(module)

@@ -1,0 +1,47 @@
+"""`mergekit-tspa`: mergekit's own commands with the plugin loaded for certain, and the method table."""
+
+from importlib import import_module
+
+import click
+
+import mergekit_tspa
+
+_MERGEKIT = {"yaml": "mergekit.scripts.run_yaml", "multi": "mergekit.scripts.multimerge"}
+
+
+class _Commands(click.Group):
+    """Loads mergekit's commands when they are asked for: importing them takes seconds."""
+
+    def list_commands(self, ctx):
+        return sorted([*super().list_commands(ctx), *_MERGEKIT])
+
+    def get_command(self, ctx, name):
+        if name in _MERGEKIT:
+            mergekit_tspa.install()
+            return import_module(_MERGEKIT[name]).main
+        return super().get_command(ctx, name)
+
+    def format_commands(self, ctx, formatter):
+        rows = [(name, f"mergekit-{name} with these methods loaded") for name in _MERGEKIT]
+        rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(rows))
+
+
+@click.group(cls=_Commands)
+@click.version_option(mergekit_tspa.__version__, prog_name="mergekit-tspa")
+def main():
+    """LoRA-native merge methods for mergekit."""
+
+
+@main.command()
+def methods():
+    """Print the table of methods and their parameters."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "what it does", "rank of the result", "parameters besides weight", "paper")
+    for method in mergekit_tspa.METHODS.values():
+        parameters = ", ".join(f"{name} = {f.default}" for name, f in method.parameter_fields().items())
+        table.add_row(method.name, method.summary, method.output, parameters, method.paper)
+    Console().print(table)

@@ -1,0 +1,66 @@
+"""What the post-import hooks do to mergekit's modules; everything else in mergekit stays as it is."""
+
+import functools
+import logging
+
+from mergekit_tspa.methods import METHODS
+
+LOG = logging.getLogger(__name__)
+
+
+def extend(module) -> None:
+    """Extend one of the three hooked modules."""
+    {
+        "mergekit.merge_methods.registry": _register_methods,
+        "mergekit.merge": _complete_recipes,
+        "mergekit.plan": _plan_tasks,
+    }[module.__name__](module)
+
+
+def _ours(name: str) -> bool:
+    """Whether mergekit knows this method from us; a later mergekit may bring one of the same name."""
+    from mergekit.merge_methods.registry import registered_methods
+
+    from mergekit_tspa.graph.method import AdapterMergeMethod
+
+    return any(method.spec.name == name and isinstance(method, AdapterMergeMethod) for method in registered_methods())
+
+
+def _register_methods(registry) -> None:
+    from mergekit_tspa.graph.method import AdapterMergeMethod
+
+    taken = {method.spec.name for method in registry.registered_methods()}
+    for name, method in METHODS.items():
+        if name in taken:
+            LOG.warning("mergekit already has a method %s; mergekit_tspa's is not registered", name)
+        else:
+            registry.register(AdapterMergeMethod(method))
+
+
+def _complete_recipes(merge) -> None:
+    """`run_merge` looks at a recipe for the first time through this function."""
+    original = merge.get_architecture_info
+
+    @functools.wraps(original)
+    def get_architecture_info(config, options):
+        if _ours(config.merge_method):
+            from mergekit_tspa.graph.recipe import complete
+
+            complete(config, options)
+        return original(config, options)
+
+    merge.get_architecture_info = get_architecture_info
+
+
+def _plan_tasks(plan) -> None:
+    original = plan.MergePlanner._plan
+
+    @functools.wraps(original)
+    def _plan(self):
+        original(self)
+        if _ours(self.config.merge_method):
+            from mergekit_tspa.graph.plan import replace_tasks
+
+            replace_tasks(self)
+
+    plan.MergePlanner._plan = _plan

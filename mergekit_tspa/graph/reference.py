@@ -1,0 +1,58 @@
+"""`base+lora` references that are read as factors and never merged to disk."""
+
+import safetensors
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+
+from mergekit_tspa.adapters import Adapter, locate_adapter, read_adapter
+
+
+class AdapterReference(ModelReference, frozen=True):
+    """A `ModelReference` with a LoRA whose loader serves the base's tensors plus the adapter's factors."""
+
+    def merged(self, *args, **kwargs) -> "AdapterReference":
+        return self
+
+    def local_path(self, cache_dir: str | None = None, ignore_lora: bool = True) -> str:
+        return super().local_path(cache_dir, ignore_lora=True)
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
+        """Read the adapter whole (it is small) and check it against the base's headers."""
+        directory = locate_adapter(self.lora.path, self.lora.revision, cache_dir)
+        adapter = read_adapter(directory, str(self.lora))
+        return LoraLoader(self.tensor_index(cache_dir), lazy_unpickle, adapter, str(self.model))
+
+
+class LoraLoader(LazyTensorLoader):
+    """The tensors of a base model with an adapter applied on the fly; its index is the base's."""
+
+    adapter: Adapter
+    modules: dict[str, str]  # base tensor -> adapter module
+
+    def __init__(self, index: ShardedTensorIndex, lazy_unpickle: bool, adapter: Adapter, base: str):
+        super().__init__(index, lazy_unpickle)
+        self.adapter = adapter
+        self.modules = adapter.match(tensor_shapes(index), base)
+
+    def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
+        """`W + B A` in W's dtype.  Only stock tasks that need a dense tensor come here."""
+        W = super().get_tensor(key, device, **kwargs)
+        if W is None or key not in self.modules:
+            return W
+        factors = self.adapter.factors(self.modules[key], device=device)
+        return torch.addmm(W.float(), *factors).to(W.dtype)
+
+
+def tensor_shapes(index: ShardedTensorIndex) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors of a checkpoint, from the headers."""
+    shapes = {}
+    for shard in index.shards:
+        path = f"{index.base_path}/{shard.filename}"
+        if index.is_safetensors:
+            with safetensors.safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in shard.contained_keys}
+        else:
+            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            shapes |= {name: tuple(tensors[name].shape) for name in shard.contained_keys}
+    return shapes

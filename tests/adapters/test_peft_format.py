@@ -1,0 +1,217 @@
+"""Reading, with PEFT's own merge as the oracle, and refusing by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mergekit_tspa import InputError, read_adapter
+from mergekit_tspa.adapters.names import match_modules, strip_prefixes
+from tests.conftest import base_tensors, peft_merged, relative_error, save_adapter
+
+PATTERNS = {"r": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}}
+FLAVOURS = {
+    "plain": {},
+    "rank and alpha patterns": PATTERNS,
+    "rslora": {"use_rslora": True, "r": 8},
+    "rslora and patterns": PATTERNS | {"use_rslora": True},
+    "all linear": {"target_modules": "all-linear"},
+    "some layers": {"layers_to_transform": [1]},
+    "regex": {"target_modules": r".*layers\.1\..*(up|down)_proj"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
+}
+
+
+def check_against_peft(base, adapter):
+    """`W + B A` of every touched tensor equals PEFT's merge, and every other tensor is untouched."""
+    before, after = base_tensors(base), peft_merged(base, adapter)
+    read = read_adapter(adapter)
+    tensors = read.match({k: v.shape for k, v in before.items() if k != "lm_head.weight"}, "base")
+    assert tensors
+    for name, W in before.items():
+        if name in tensors:
+            update = read.factors(tensors[name]).dense()
+            assert update.norm() > 0.1 * W.norm()
+            assert relative_error(W + update, after[name]) < 1e-6
+        else:
+            assert torch.equal(W, after[name])
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_equals_peft(flavour, llama, tmp_path):
+    check_against_peft(llama, save_adapter(llama, tmp_path / "a", **FLAVOURS[flavour]))
+
+
+def test_conv1d_is_read_transposed(gpt2, tmp_path):
+    adapter = save_adapter(gpt2, tmp_path / "a", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    check_against_peft(gpt2, adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_are_computed_in_float32(dtype, llama, tmp_path):
+    adapter = save_adapter(llama, tmp_path / "a")
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: v.to(dtype) for k, v in load_file(file).items()}, file)
+    check_against_peft(llama, adapter)
+
+
+def test_bin_files(llama, tmp_path):
+    adapter = save_adapter(llama, tmp_path / "a")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    torch.save(tensors, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    check_against_peft(llama, adapter)
+
+
+def test_bin_files_run_no_code(llama, tmp_path):
+    adapter = save_adapter(llama, tmp_path / "a")
+    (adapter / "adapter_model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    torch.save({"base_model.model.x.lora_A.weight": Evil()}, adapter / "adapter_model.bin")
+    with pytest.raises(InputError, match="damaged"):
+        read_adapter(adapter)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("base_model.model.", "base_model.model.base_model.model."),
+        ("base_model.model.model.", "base_model.model."),  # a module path without its leading `model.`
+        ("base_model.model.", "base_model.model._orig_mod."),
+        (".lora_A.weight", ".lora_A.default.weight"),
+        (".self_attn.", "._fsdp_wrapped_module.self_attn."),
+    ],
+)
+def test_key_prefixes(old, new, llama, tmp_path):
+    adapter = save_adapter(llama, tmp_path / "a")
+    plain = read_adapter(adapter).match({k: v.shape for k, v in base_tensors(llama).items()}, "base")
+    file = adapter / "adapter_model.safetensors"
+    renamed = {k.replace(old, new): v for k, v in load_file(file).items()}
+    if "lora_A" in old:
+        renamed = {k.replace(".lora_B.weight", ".lora_B.default.weight"): v for k, v in renamed.items()}
+    assert not renamed.keys() & load_file(file).keys() or "lora_A" in old
+    save_file(renamed, file)
+    assert (
+        read_adapter(adapter).match({k: v.shape for k, v in base_tensors(llama).items()}, "base").keys() == plain.keys()
+    )
+
+
+def test_names():
+    assert strip_prefixes("base_model.model._orig_mod.a.b") == "a.b"
+    tensors = ["language_model.model.layers.0.q.weight", "vision.layers.0.q.weight", "lm_head.weight"]
+    found = match_modules(["model.language_model.model.layers.0.q"], tensors, "a", "b")
+    assert found == {"model.language_model.model.layers.0.q": tensors[0]}
+    with pytest.raises(InputError, match="match no tensor"):  # two candidates: never guess
+        match_modules(["layers.0.q"], tensors, "a", "b")
+    with pytest.raises(InputError, match="nearest name there"):
+        match_modules(["model.layers.7.q"], tensors, "a", "b")
+
+
+def edit_config(adapter, **changes):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+CONFIG_REFUSALS = {
+    "LoHa": ({"peft_type": "LOHA"}, "LOHA"),
+    "LoKr": ({"peft_type": "LOKR"}, "LOKR"),
+    "IA3": ({"peft_type": "IA3"}, "IA3"),
+    "VeRA": ({"peft_type": "VERA"}, "VERA"),
+    "AdaLoRA": ({"peft_type": "ADALORA"}, "ADALORA"),
+    "no type": ({"peft_type": None}, "peft_type is None"),
+    "DoRA": ({"use_dora": True}, "DoRA"),
+    "lora_bias": ({"lora_bias": True}, "bias on lora_B"),
+    "bias": ({"bias": "all"}, "trained biases"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "tokens": ({"trainable_token_indices": [1]}, "token embeddings"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "pissa.*path_initial_model_for_weight_conversion"),
+    "PiSSA niter": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "olora"),
+    "LoftQ": ({"init_lora_weights": "loftq"}, "loftq"),
+    "CorDA": ({"init_lora_weights": "corda"}, "corda"),
+    "BD-LoRA": ({"use_bdlora": {"x": 1}}, "BD-LoRA"),
+    "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
+    "QALoRA": ({"use_qalora": True}, "QALoRA"),
+    "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    "rank": ({"r": 16}, "rank 4 but adapter_config.json says r = 16"),
+    "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
+    "mlx": ({"peft_type": None, "fine_tune_type": "lora"}, "peft_type|mlx"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIG_REFUSALS)
+def test_refused_by_configuration(kind, adapters, tmp_path):
+    changes, message = CONFIG_REFUSALS[kind]
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    edit_config(adapter, **changes)
+    with pytest.raises(InputError, match=message):
+        read_adapter(adapter)
+
+
+A, B = torch.randn(4, 64), torch.randn(64, 4)
+M = "base_model.model.model.layers.0.self_attn.q_proj"
+TENSOR_REFUSALS = {
+    "DoRA": ({f"{M}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
+    "embedding": ({"base_model.model.model.embed_tokens.lora_embedding_A": A}, "embedding"),
+    "lora bias": ({f"{M}.lora_B.bias": torch.ones(64)}, "bias on lora_B"),
+    "bias": ({f"{M}.base_layer.bias": torch.ones(64)}, "trained biases"),
+    "saved module": ({"base_model.model.lm_head.weight": torch.ones(96, 64)}, "modules_to_save"),
+    "tokens": ({"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": A}, "token embeddings"),
+    "LoHa": ({f"{M}.hada_w1_a": A}, "LoHa"),
+    "kohya": ({"lora_unet_q.lora_down.weight": A}, "kohya"),
+    "unknown": ({f"{M}.something_new": A}, "no known kind"),
+    "half a pair": ({f"{M}.lora_A.weight": A, "base_model.model.x.lora_B.weight": B}, "no lora_B"),
+    "ranks": ({f"{M}.lora_A.weight": A[:2], f"{M}.lora_B.weight": B}, "ranks differ"),
+    "empty": ({f"{M}.lora_A.weight": A[:, :0], f"{M}.lora_B.weight": B}, "ZeRO-3"),
+    "convolution": ({f"{M}.lora_A.weight": A[..., None, None], f"{M}.lora_B.weight": B}, "two-dimensional"),
+    "integers": ({f"{M}.lora_A.weight": A.to(torch.int8), f"{M}.lora_B.weight": B}, "int8"),
+    "NaN": ({f"{M}.lora_A.weight": A, f"{M}.lora_B.weight": B / 0 * 0}, r"q_proj\.lora_B.*NaN"),
+    "Inf": ({f"{M}.lora_A.weight": A / 0, f"{M}.lora_B.weight": B}, r"q_proj\.lora_A.*NaN or Inf"),
+    "two adapters": ({f"{M}.lora_A.x.weight": A, f"{M}.lora_B.y.weight": B}, "several adapters"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSOR_REFUSALS)
+def test_refused_by_tensors(kind, adapters, tmp_path):
+    tensors, message = TENSOR_REFUSALS[kind]
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=message) as error:
+        read_adapter(adapter)
+    assert "adapter_model.safetensors" in error.value.message
+
+
+def test_damaged_files(adapters, tmp_path):
+    with pytest.raises(InputError, match="no adapter directory"):
+        read_adapter(tmp_path / "nowhere")
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    file = adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for cut in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:cut])
+        with pytest.raises(InputError, match=r"adapter_model.safetensors: damaged"):
+            read_adapter(adapter)
+    file.unlink()
+    with pytest.raises(InputError, match=r"no adapter_model.safetensors"):
+        read_adapter(adapter)
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        read_adapter(adapter)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(InputError, match=r"no adapter_config.json"):
+        read_adapter(adapter)
+
+
+def test_shape_of_another_base(adapters):
+    adapter = read_adapter(adapters[0])
+    shapes = {f"{module}.weight": (63, 64) for module in adapter.modules}
+    with pytest.raises(InputError, match=r"shape \(64, 64\).*has \(63, 64\)"):
+        adapter.match(shapes, "other")

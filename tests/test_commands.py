@@ -1,0 +1,111 @@
+"""The stock commands as subprocesses, and our own."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, peft_merged, recipe, relative_error, run, write_recipe
+from tests.graph.test_merge import check, weighted_target
+
+
+def test_mergekit_yaml(llama, adapters, tmp_path):
+    """The stock command; nothing is left behind but its output."""
+    home = tmp_path / "home"
+    home.mkdir()
+    file = write_recipe(tmp_path / "r.yml", recipe("lora_task_arithmetic", llama, adapters, [1.0, 0.5, 0.25]))
+    before = {p: p.stat().st_mtime_ns for p in llama.parent.rglob("*")}
+    result = run("mergekit-yaml", file, tmp_path / "out", "--no-copy-tokenizer", HF_HOME=str(home), HOME=str(home))
+    assert result.returncode == 0, result.stderr
+    check(load_file(tmp_path / "out/model.safetensors"), weighted_target(llama, adapters, [1.0, 0.5, 0.25]))
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert files == {"README.md", "config.json", "mergekit_config.yml", "model.safetensors"}
+    assert before == {p: p.stat().st_mtime_ns for p in llama.parent.rglob("*")}
+    assert not [p for p in home.rglob("*") if p.is_file() and p.stat().st_size > 10_000]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "[Task arithmetic](https://arxiv.org/abs/2212.04089)" in card
+
+
+def test_mergekit_multi(llama, adapters, tmp_path):
+    """Two LoRA merges feed a third one, which adds an adapter to the first and averages stock-wise with the second."""
+    ref = lambda base, a: {"model": {"path": str(base)}, "lora": {"path": str(a)}}  # noqa: E731
+    first = recipe("lora_task_arithmetic", llama, adapters[:2], [1.0, 0.5], name="first")
+    second = recipe("factor_linear", llama, [adapters[2]], name="second")
+    third = {
+        "name": "third",
+        "merge_method": "lora_task_arithmetic",
+        "base_model": "first",
+        "models": [{"model": ref("first", adapters[2])}],
+    }
+    final = {
+        "merge_method": "linear",
+        "models": [{"model": m, "parameters": {"weight": 0.5}} for m in ("third", "second")],
+    }
+    file = write_recipe(tmp_path / "r.yml", [first, second, third, final])
+    command = ("mergekit-multi", file, "-I", tmp_path / "parts", "--out-path", tmp_path / "out", "--no-copy-tokenizer")
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    target = weighted_target(llama, adapters, [0.5, 0.25, 1.0])
+    check(load_file(tmp_path / "out/model.safetensors"), target)
+
+
+def test_stock_methods_are_untouched(llama, adapters, tmp_path):
+    """A stock merge of `base+lora` writes the same bytes with the plugin and without it."""
+    file = write_recipe(tmp_path / "r.yml", recipe("task_arithmetic", llama, adapters[:2], [1.0, 0.5]))
+    hashes = []
+    for autoload in "10":
+        out = tmp_path / f"out{autoload}"
+        options = ("--lora-merge-cache", tmp_path / f"cache{autoload}", "--no-copy-tokenizer")
+        result = run("mergekit-yaml", file, out, *options, TORCH_DEVICE_BACKEND_AUTOLOAD=autoload)
+        assert result.returncode == 0, result.stderr
+        assert len(list((tmp_path / f"cache{autoload}").iterdir())) == 2
+        hashes.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+    assert hashes[0] == hashes[1]
+
+
+def test_bad_input_of_the_stock_command(llama, adapters, tmp_path):
+    """One sentence on the terminal, exit code 1, no output directory, no traceback."""
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    file = write_recipe(tmp_path / "r.yml", recipe("tspa_lora", llama, [adapter]))
+    result = run("mergekit-yaml", file, tmp_path / "out")
+    assert result.returncode == 1
+    assert "Error: " in result.stderr and "DoRA" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_fallback_command_without_the_entry_point(llama, adapters, tmp_path):
+    """With torch's autoload off the stock command does not know the method; `mergekit-tspa yaml` still does."""
+    file = write_recipe(tmp_path / "r.yml", recipe("lora_task_arithmetic", llama, adapters[:1]))
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    stock = run("mergekit-yaml", file, tmp_path / "stock", "--no-copy-tokenizer", **off)
+    assert stock.returncode != 0 and "Need to specify cache dir to merge adapters" in stock.stderr
+    result = run("mergekit-tspa", "yaml", file, tmp_path / "out", "--no-copy-tokenizer", **off)
+    assert result.returncode == 0, result.stderr
+    want = peft_merged(llama, adapters[0])
+    for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
+        assert relative_error(tensor, want[name]) < 1e-6
+
+
+def test_own_commands():
+    help_text = run("mergekit-tspa", "--help").stdout
+    for command in ("yaml", "multi", "methods"):
+        assert command in help_text
+    table = run("mergekit-tspa", "methods", COLUMNS="250").stdout
+    from mergekit_tspa import METHODS
+
+    for name in METHODS:
+        assert re.search(rf"\b{name}\b", table)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "yaml_examples").glob("*.yml")), ids=lambda p: p.stem)
+def test_example_recipes_are_valid(file):
+    """Each example is a recipe of ours with its own name in it; the runs are in test_real_model."""
+    import yaml
+
+    documents = list(yaml.safe_load_all(file.read_text()))
+    assert documents and all("merge_method" in document for document in documents)

@@ -1,0 +1,60 @@
+"""Which package may import what."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "mergekit_tspa"
+MATHS = {"torch", "math"}
+ALLOWED = {  # room -> rooms of this package it may import
+    "adapters": {"adapters", "errors"},
+    "alignment": {"alignment", "errors"},
+    "spaces": {"spaces", "adapters", "errors"},
+    "rules": {"rules", "errors"},
+    "methods": {"methods", "adapters", "alignment", "spaces", "rules", "errors"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_mathematical_rooms_do_not_know_mergekit(room):
+    files = list((PACKAGE / room).glob("*.py"))
+    for file in files:
+        for name in imports(file):
+            top, *rest = name.split(".")
+            assert top != "mergekit", f"{file.name} imports {name}"
+            if top == "mergekit_tspa":
+                assert rest and rest[0] in ALLOWED[room], f"{file.name} imports {name}"
+
+
+def test_alignment_needs_only_torch_and_geoopt():
+    for file in (PACKAGE / "alignment").glob("*.py"):
+        outside = {name.split(".")[0] for name in imports(file)} - {"mergekit_tspa"}
+        assert outside <= {"torch", "geoopt", "math", "typing", "collections"}, file
+
+
+def test_entry_needs_only_the_standard_library():
+    """torch imports these two files at the end of every `import torch`."""
+    for name in ("__init__.py", "_startup.py"):
+        outside = {n.split(".")[0] for n in imports(PACKAGE / name)} - {"mergekit_tspa"}
+        assert outside <= {"importlib", "sys", "types", "warnings"}
+
+
+def test_only_the_graph_room_and_the_command_line_know_mergekit():
+    knowing = {
+        file.relative_to(PACKAGE).parts[0]
+        for file in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == "mergekit" for name in imports(file))
+    }
+    assert knowing == {"graph"}
