@@ -11,6 +11,7 @@ from mergekit_tspa._startup import install
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AttentionGeometry": "mergekit_tspa.adapters",
     "InputError": "mergekit_tspa.errors",
     "LoraFactors": "mergekit_tspa.adapters",
     "METHODS": "mergekit_tspa.methods",

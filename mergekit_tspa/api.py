@@ -6,21 +6,33 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter, locate_adapter, read_adapter
+from mergekit_tspa.adapters import Adapter, AttentionGeometry, Checkpoint, locate_adapter, read_adapter
+from mergekit_tspa.adapters.geometry import in_attention
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods import METHODS, MergedUpdate
-from mergekit_tspa.methods.base import merge_weights, plan_weight
+from mergekit_tspa.methods import METHODS, MergedUpdate, Report
+from mergekit_tspa.methods.attention import Pair, PairPlan, load_side, plan_pairs
+from mergekit_tspa.methods.base import Method, Progress, WeightPlan, merge_weights, plan_weight
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
+BaseLike = str | os.PathLike | Mapping[str, Tensor]
+
+
+class MergedAdapters(dict[str, MergedUpdate]):
+    """`{module: update}`, and what the method's solvers report."""
+
+    reports: Sequence[Report] = ()
 
 
 def merge_adapters(
     method: str,
     adapters: Sequence[AdapterLike],
     weights: Sequence[float] | None = None,
+    base: BaseLike | None = None,
+    geometry: AttentionGeometry | None = None,
     device: torch.device | str | None = None,
+    progress: Progress = lambda stage, done: None,
     **parameters,
-) -> dict[str, MergedUpdate]:
+) -> MergedAdapters:
     """Merge LoRA adapters of one base into one update per module.
 
     Args:
@@ -28,11 +40,16 @@ def merge_adapters(
         adapters: each a PEFT directory, a hub repository, or a mapping `module name -> (B, A)` with the LoRA
             scale folded in.
         weights: one number per adapter, 1 by default; an adapter of weight 0 takes no part.
+        base: the base model, a checkpoint directory or a mapping of tensors.  Needed by methods that look at
+            attention products; for others it only checks names and shapes.
+        geometry: head counts, when `base` is a mapping; a directory has them in its configuration.
         device: where the method computes; the CPU by default.
+        progress: called with the name of a stage and the fraction of it that is done.
         **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`).
 
     Returns:
-        The update of every module that at least one adapter touches, in float32, by module name.
+        The update of every module that at least one adapter touches, in float32, by the module's name in the
+        base (in the adapter, without one).
 
     Raises:
         InputError: an unknown method or parameter, an adapter that cannot be read, shapes that differ.
@@ -47,19 +64,52 @@ def merge_adapters(
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)
     loaded = [_load(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
+    if base is not None and not isinstance(base, Mapping):
+        base = Checkpoint(base)
 
+    touched = _match(loaded, base)
     plans = []
-    for module in dict.fromkeys(module for adapter in loaded for module in adapter.modules):
-        sources = [(adapter, module, w) for adapter, w in zip(loaded, weights) if module in adapter.modules]
-        shapes = {adapter.name: adapter.modules[module].shape for adapter, *_ in sources}
+    for weight in dict.fromkeys(weight for modules in touched for weight in modules):
+        sources = [(a, modules[weight], w) for a, modules, w in zip(loaded, touched, weights) if weight in modules]
+        shapes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
         if len(set(shapes.values())) > 1:
-            raise InputError(f"{module}: updates of different shapes {shapes}; the adapters belong to different bases")
-        if (plan := plan_weight(row, module, sources, bound)) is not None:
+            raise InputError(f"{weight}: updates of different shapes {shapes}; the adapters belong to different bases")
+        if (plan := plan_weight(row, weight, sources, bound)) is not None:
             plans.append(plan)
-    return {plan.name: update for plan, update in zip(plans, merge_weights(row, plans, device))}
+    pairs = [
+        Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
+        for pair in _plan_pairs(row, plans, base, geometry)
+    ]
+    updates, reports = merge_weights(row, plans, pairs, device, progress)
+    merged = MergedAdapters({plan.name.removesuffix(".weight"): update for plan, update in zip(plans, updates)})
+    merged.reports = reports
+    return merged
 
 
 def _load(adapter: AdapterLike, name: str) -> Adapter:
     if isinstance(adapter, Mapping):
         return Adapter.from_factors(name, adapter)
     return read_adapter(locate_adapter(os.fspath(adapter)), os.fspath(adapter))
+
+
+def _match(adapters: Sequence[Adapter], base: Mapping[str, Tensor] | None) -> list[dict[str, str]]:
+    """`{weight: module}` of each adapter."""
+    if base is None:
+        return [{f"{module}.weight": module for module in adapter.modules} for adapter in adapters]
+    shapes = base.shapes() if isinstance(base, Checkpoint) else {name: tuple(t.shape) for name, t in base.items()}
+    return [adapter.match(shapes, "the base") for adapter in adapters]
+
+
+def _plan_pairs(
+    method: Method, plans: Sequence[WeightPlan], base: Mapping[str, Tensor] | None, geometry: AttentionGeometry | None
+) -> list[PairPlan]:
+    if not method.attention or not any(plan.parameters.attention_steps and in_attention(plan.name) for plan in plans):
+        return []
+    if base is None:
+        raise InputError(f"{method.name} looks at attention products: give it the base model (base=)")
+    if geometry is not None:
+        return list(plan_pairs(plans, base, lambda block: geometry))
+    if not isinstance(base, Checkpoint):
+        raise InputError(f"{method.name}: give the head counts with a base of tensors (geometry=AttentionGeometry(..))")
+    config = base.config()
+    return list(plan_pairs(plans, base, lambda block: AttentionGeometry.from_config(config, block)))

@@ -1,22 +1,41 @@
 """Replace mergekit's dense tasks of a planned merge by ours."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
+from mergekit import common
 from mergekit.common import ModelReference
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
+from mergekit_tspa.adapters import AttentionGeometry
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.reference import AdapterReference
-from mergekit_tspa.graph.tasks import ApplyUpdate, Chunk, MergeChunk, TakeUpdate
-from mergekit_tspa.methods import METHODS
+from mergekit_tspa.graph.tasks import ApplyUpdate, Chunk, LoadSide, MergeChunk, SideSource, TakeUpdate
+from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.attention import PairPlan, plan_pairs
 from mergekit_tspa.methods.base import WeightPlan, plan_weight
 
 LOG = logging.getLogger(__name__)
 
-CHUNK_BYTES = 256 * 2**20  # float32 factors that one MergeChunk task holds at most
+# What one MergeChunk task holds at most, factors and solver: small beside a shard on a CPU, large batches on a GPU.
+CPU_BYTES, ACCELERATOR_BYTES = 2**28, 2**32
+
+
+@dataclass
+class _Unit:
+    """Weights that must be merged together: one, or those of an attention block."""
+
+    label: str  # the first of its base tensors in reading order
+    plans: list[WeightPlan]
+    pairs: list[PairPlan]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(plan.nbytes for plan in self.plans) + sum(pair.nbytes for pair in self.pairs)
 
 
 def replace_tasks(planner: MergePlanner) -> None:
@@ -26,42 +45,51 @@ def replace_tasks(planner: MergePlanner) -> None:
     becomes the `LoadTensor` of the base.  Tensors whose vocabulary mergekit aligns keep their stock task.
 
     Raises:
-        InputError: a weight out of the method's range, or an adapter of which nothing would be merged.
+        InputError: a weight out of the method's range, an adapter of which nothing would be merged, an
+            attention layout that is not known.
     """
-    method = METHODS[planner.config.merge_method]
+    method, options = METHODS[planner.config.merge_method], planner.options
     touched: dict[ModelReference, set[str]] = {}
-    planned: list[tuple[int, LoadTensor, WeightPlan]] = []
-    for index, (weight, task) in enumerate(planner._tensors):
-        if not isinstance(task.gather_tensors, GatherTensors):
-            continue
-        base, sources = _inputs(task, touched)
-        plan = (
-            plan_weight(method, weight.name, sources, method.bind(dict(task.parameters.items()))) if sources else None
-        )
-        if sources and plan is None:
-            LOG.warning("%s: all weights are zero, so the base stays as it is", weight.name)
-        if plan is None:
-            planner._tensors[index] = weight, base
-        else:
-            planned.append((index, base.model_copy(update={"dtype": None}), plan))
+    bases: dict[str, LoadTensor] = {}
+    plans: dict[str, WeightPlan] = {}
+    for weight, task in planner._tensors:
+        if isinstance(task.gather_tensors, GatherTensors):
+            bases[weight.name], sources = _inputs(task, touched)
+            plan = plan_weight(method, weight.name, sources, method.bind(dict(task.parameters.items())))
+            if plan is not None:
+                plans[plan.name] = plan
+            elif sources:
+                LOG.warning("%s: all weights are zero, so the base stays as it is", weight.name)
     _check_touched(touched)
+    loads = {name: base.model_copy(update={"dtype": None}) for name, base in bases.items()}
+    pairs = list(plan_pairs([*plans.values()], loads, _geometry(planner))) if method.attention else []
+
+    device = None if options.multi_gpu else options.device
+    budget = CPU_BYTES if device == "cpu" else ACCELERATOR_BYTES
+    units = _units(plans, pairs, {name: loads[name].group_label() or name for name in plans})
+    if options.multi_gpu:
+        budget = min(budget, 1 + sum(unit.nbytes for unit in units) // max(1, common.get_torch_accelerator_count()))
+    updates: dict[str, TakeUpdate] = {}
+    for chunk in _chunks(units, budget):
+        merge = _merge_task(method, chunk, loads, device, options.quiet)
+        for index, plan in enumerate(merge.chunk.plans):
+            updates[plan.name] = TakeUpdate(merge=merge, index=index, label=loads[plan.name].group_label())
 
     dtype = planner.config.out_dtype or planner.config.dtype
-    device = None if planner.options.multi_gpu else planner.options.device
-    for chunk in _chunks(planned):
-        label = chunk[0][1].group_label()
-        merge = MergeChunk(chunk=Chunk(method, [plan for *_, plan in chunk], label), device=device)
-        for position, (index, base, _) in enumerate(chunk):
-            weight, _ = planner._tensors[index]
-            update = TakeUpdate(merge=merge, index=position, label=base.group_label())
-            planner._tensors[index] = weight, ApplyUpdate(base=base, update=update, dtype=weight.force_dtype or dtype)
+    for position, (weight, _) in enumerate(planner._tensors):
+        if weight.name in updates:
+            applied = ApplyUpdate(
+                base=loads[weight.name], update=updates[weight.name], dtype=weight.force_dtype or dtype
+            )
+            planner._tensors[position] = weight, applied
+        elif weight.name in bases:
+            planner._tensors[position] = weight, bases[weight.name]
 
 
 def _inputs(task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]]) -> tuple[LoadTensor, list[tuple]]:
     """The base's load task and `(adapter, module, weight)` of each adapter that changes this tensor."""
     gather = task.gather_tensors
-    base_info = gather.weight_info[task.base_model]
-    base = gather.arguments()[f"{task.base_model}:{base_info.name}"]
+    base = gather.arguments()[f"{task.base_model}:{gather.weight_info[task.base_model].name}"]
     sources = []
     for reference in task.model_order:
         if not isinstance(reference, AdapterReference):
@@ -88,16 +116,47 @@ def _check_touched(touched: dict[ModelReference, set[str]]) -> None:
             )
 
 
-def _chunks(
-    planned: Iterable[tuple[int, LoadTensor, WeightPlan]],
-) -> Iterator[list[tuple[int, LoadTensor, WeightPlan]]]:
-    """Split into chunks of bounded size, in the order in which mergekit reads the base's tensors."""
+def _geometry(planner: MergePlanner) -> Callable[[str], AttentionGeometry]:
+    """Head counts of a block, from the base's configuration."""
+    config = planner.config.base_model.config(planner.options.trust_remote_code).to_dict()
+    return cache(lambda block: AttentionGeometry.from_config(config, block))
+
+
+def _units(plans: dict[str, WeightPlan], pairs: Sequence[PairPlan], labels: dict[str, str]) -> list[_Unit]:
+    """Group the weights by attention block, in the order in which mergekit reads the base's tensors."""
+    block_of = {side.weight: pair.block for pair in pairs for side in (pair.x, pair.y)}
+    units: dict[str, _Unit] = {}
+    for name in sorted(plans, key=labels.__getitem__):
+        unit = units.setdefault(block_of.get(name, name), _Unit(labels[name], [], []))
+        unit.plans.append(plans[name])
+    for pair in pairs:
+        units[pair.block].pairs.append(pair)
+    return list(units.values())
+
+
+def _chunks(units: Sequence[_Unit], budget: int) -> Iterator[list[_Unit]]:
     chunk, size = [], 0
-    for item in sorted(planned, key=lambda item: item[1].group_label()):
-        if chunk and size + item[2].nbytes > CHUNK_BYTES:
+    for unit in units:
+        if chunk and size + unit.nbytes > budget:
             yield chunk
             chunk, size = [], 0
-        chunk.append(item)
-        size += item[2].nbytes
+        chunk.append(unit)
+        size += unit.nbytes
     if chunk:
         yield chunk
+
+
+def _merge_task(
+    method: Method, units: Sequence[_Unit], loads: dict[str, LoadTensor], device: str | None, quiet: bool
+) -> MergeChunk:
+    plans, pairs = ([item for unit in units for item in getattr(unit, part)] for part in ("plans", "pairs"))
+    # Solvers run before the first tensor is written ("\0" sorts first): a failure leaves no files, and the executor
+    # does not hold the base weights that it would meet while Grams of later layers are still being made.
+    first = "\0" if method.solves else ""
+    sides = [
+        LoadSide(source=SideSource(pair, side, loads, f"{first}{loads[side.weight].group_label()}"), device=device)
+        for pair in pairs
+        for side in (pair.x, pair.y)
+    ]
+    label = max([f"{first}{units[0].label}", *(side.source.label for side in sides)])
+    return MergeChunk(chunk=Chunk(method, plans, pairs, label), sides=tuple(sides), device=device, quiet=quiet)

@@ -1,11 +1,10 @@
 """`base+lora` references that are read as factors and never merged to disk."""
 
-import safetensors
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 
-from mergekit_tspa.adapters import Adapter, locate_adapter, read_adapter
+from mergekit_tspa.adapters import Adapter, Checkpoint, locate_adapter, read_adapter
 
 
 class AdapterReference(ModelReference, frozen=True):
@@ -33,7 +32,7 @@ class LoraLoader(LazyTensorLoader):
     def __init__(self, index: ShardedTensorIndex, lazy_unpickle: bool, adapter: Adapter, base: str):
         super().__init__(index, lazy_unpickle)
         self.adapter = adapter
-        self.modules = adapter.match(tensor_shapes(index), base)
+        self.modules = adapter.match(Checkpoint(index.base_path).shapes(), base)
 
     def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
         """`W + B A` in W's dtype.  Only stock tasks that need a dense tensor come here."""
@@ -42,17 +41,3 @@ class LoraLoader(LazyTensorLoader):
             return W
         factors = self.adapter.factors(self.modules[key], device=device)
         return torch.addmm(W.float(), *factors).to(W.dtype)
-
-
-def tensor_shapes(index: ShardedTensorIndex) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a checkpoint, from the headers."""
-    shapes = {}
-    for shard in index.shards:
-        path = f"{index.base_path}/{shard.filename}"
-        if index.is_safetensors:
-            with safetensors.safe_open(path, framework="pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in shard.contained_keys}
-        else:
-            tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            shapes |= {name: tuple(tensors[name].shape) for name in shard.contained_keys}
-    return shapes

@@ -1,15 +1,22 @@
-"""The tasks of a merge: solve a chunk of weights, take one update of it, apply it to the base tensor."""
+"""The tasks of a merge: Grams of base weights, a chunk of weights to solve, one update of it, its base tensor."""
 
+import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import tqdm
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from pydantic import ConfigDict
 
+from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.methods import Dense, LowRank, Method
+from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
 from mergekit_tspa.methods.base import WeightPlan, merge_weights
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,25 +25,67 @@ class Chunk:
 
     method: Method
     plans: list[WeightPlan]
-    label: str  # of the first base tensor it is needed for
+    pairs: list[PairPlan]
+    label: str  # when to run it, in the order of the base tensors' labels
 
 
-class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
-    """Merge the adapters of many weights at once; the factors are in memory already."""
+@dataclass(frozen=True, eq=False)
+class SideSource:
+    """What a side's Grams are made of."""
+
+    pair: PairPlan
+    side: Side
+    tensors: dict[str, LoadTensor]
+    label: str
+
+
+class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
+    """Read the base weight of one side of an attention pair and keep its Grams."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
-    chunk: Chunk
-    device: str | None  # None: the thread's default device, as mergekit's multi-GPU executor sets it
+    source: SideSource
+    device: str | None
 
     def arguments(self) -> dict[str, Task]:
         return {}
 
     def group_label(self) -> str:
+        return self.source.label
+
+    def execute(self) -> tuple[torch.Tensor, ...]:
+        # The weight is read here, not through an argument, which the executor would keep until it is written.
+        read = lambda name: self.source.tensors[name].execute()  # noqa: E731
+        return tuple(load_side(self.source.pair, self.source.side, read, _device(self.device)))
+
+
+class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
+    """Merge the adapters of many weights at once; their factors are in memory already."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    chunk: Chunk
+    sides: tuple[LoadSide, ...]  # of each pair x, y
+    device: str | None
+    quiet: bool
+
+    def arguments(self) -> dict[str, Task]:
+        return {str(i): side for i, side in enumerate(self.sides)}
+
+    def group_label(self) -> str:
         return self.chunk.label
 
-    def execute(self) -> list[tuple[torch.Tensor, ...]]:
-        device = self.device or torch.get_default_device()
-        return [tuple(update) for update in merge_weights(self.chunk.method, self.chunk.plans, device)]
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, **grams: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
+        sides = [SideGrams(*grams[str(i)]) for i in range(len(self.sides))]
+        pairs = [Pair(*parts) for parts in zip(self.chunk.pairs, sides[::2], sides[1::2])]
+        with torch.no_grad(), _Bar(self.quiet) as bar:
+            updates, reports = merge_weights(
+                self.chunk.method, self.chunk.plans, pairs, _device(self.device), bar.update
+            )
+        for report in reports:
+            LOG.info("%s", report)
+        return [tuple(update) for update in updates]
 
 
 class TakeUpdate(Task[tuple[torch.Tensor, ...]], frozen=True):
@@ -76,3 +125,33 @@ class ApplyUpdate(Task[torch.Tensor], frozen=True):
         merged = LowRank(*update) if len(update) == 2 else Dense(*update)
         with torch.no_grad():
             return merged.apply_to(W).to(dtype_from_name(self.dtype) or W.dtype)
+
+
+def _device(device: str | None) -> torch.device:
+    """None stands for the thread's default device, which mergekit's multi-GPU executor sets."""
+    return torch.device(device) if device else torch.get_default_device()
+
+
+class _Bar:
+    """A progress bar per stage, beside mergekit's own that counts tasks."""
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.stage: str | None = None
+        self.bar: Any = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def update(self, stage: str, done: float) -> None:
+        if stage != self.stage:
+            self.__exit__()
+            self.stage = stage
+            self.bar = tqdm.tqdm(
+                desc=stage, total=100, leave=False, disable=self.quiet, bar_format="{l_bar}{bar}| {elapsed}"
+            )
+        self.bar.update(100 * done - self.bar.n)
+
+    def __exit__(self, *_error) -> None:
+        if self.bar is not None:
+            self.bar.close()

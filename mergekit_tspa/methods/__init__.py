@@ -1,11 +1,11 @@
 """The method table.  A file per family; each ends in its rows."""
 
-from mergekit_tspa.methods.base import Method, Parameters, WeightInputs
+from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear_method
 from mergekit_tspa.methods.task_arithmetic import lora_task_arithmetic
-from mergekit_tspa.methods.tspa_lora import tspa_lora_method
+from mergekit_tspa.methods.tspa import TSPA_METHODS
 from mergekit_tspa.methods.update import Dense, LowRank, MergedUpdate
 
-METHODS: dict[str, Method] = {m.name: m for m in (lora_task_arithmetic, factor_linear_method, tspa_lora_method)}
+METHODS: dict[str, Method] = {m.name: m for m in (*TSPA_METHODS, lora_task_arithmetic, factor_linear_method)}
 
-__all__ = ["METHODS", "Dense", "LowRank", "MergedUpdate", "Method", "Parameters", "WeightInputs"]
+__all__ = ["METHODS", "Dense", "LowRank", "MergedUpdate", "Method", "Parameters", "Report", "WeightInputs"]

@@ -4,13 +4,14 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from mergekit_tspa.adapters import Adapter, LoraFactors
+from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.update import LowRank, MergedUpdate
 
@@ -19,6 +20,7 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
     """Parameters that every method has; a method's own are fields of its subclass, in the order of the paper."""
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
+    rank: int | None = Field(None, ge=1, description="reduce the merged update to this rank, by SVD")
 
 
 class WeightInputs(NamedTuple):
@@ -28,14 +30,53 @@ class WeightInputs(NamedTuple):
     factors: Sequence[LoraFactors]
     weights: Sequence[float]  # a_t, never 0
     parameters: Parameters
+    adapters: Sequence[Adapter] = ()  # whose factors they are
+
+
+class Report(NamedTuple):
+    """What a solver did to a batch."""
+
+    stage: str
+    names: Sequence[str]  # of the problems
+    start: torch.Tensor  # (problems,) objective before the first step
+    end: torch.Tensor  # (problems,)
+    orthogonality: float  # largest entry of |R^T R - I|
+    steps: int
+
+    @classmethod
+    def of(cls, stage: str, names: Sequence[str], solution: Solution) -> "Report":
+        return cls(
+            stage,
+            names,
+            solution.start.cpu(),
+            solution.end.cpu(),
+            solution.orthogonality.max().item(),
+            int(solution.steps.max()),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.stage} of {len(self.names)}: objective {self.start.sum():.4g} -> {self.end.sum():.4g} "
+            f"in {self.steps} steps, orthogonality {self.orthogonality:.0e}"
+        )
+
+
+Progress = Callable[[str, float], None]  # what is being solved, and which fraction of it is done
+
+
+class Merged(NamedTuple):
+    """Updates in the order of the inputs, and what the solvers report."""
+
+    updates: list[MergedUpdate]
+    reports: list[Report]
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the method table.
 
-    `merge` takes all weights of a chunk at once, so that a method may solve them in one batch, and returns
-    their updates in the same order.
+    `merge` takes all weights of a chunk at once, so that a method may solve them in one batch, the attention
+    pairs they belong to (for methods with `attention`), and a function to report progress to.
     """
 
     name: str
@@ -43,10 +84,12 @@ class Method:
     summary: str
     paper: str
     url: str
-    output: str  # rank of the result
-    merge: Callable[[Sequence[WeightInputs]], list[MergedUpdate]]
+    output: Literal["largest rank", "sum of ranks"]  # rank of the result
+    merge: Callable[[Sequence[WeightInputs], Sequence["Pair"], Progress], Merged]  # noqa: F821
     parameters: type[Parameters] = Parameters
     min_weight: float = float("-inf")  # smallest `weight` the method is defined for
+    attention: bool = False  # looks at attention products, hence at the base's weights
+    solves: bool = False  # iterates, so that it is done, and can fail, before anything is written
 
     def bind(self, values: Mapping[str, Any]) -> Parameters:
         """Validated parameters; unknown names and values out of range are one sentence."""
@@ -93,7 +136,7 @@ def plan_weight(
     """Keep the adapters of non-zero weight; None when there is none.
 
     Raises:
-        InputError: a weight is not finite, or below what the method is defined for.
+        InputError: a weight is not finite, or below what the method is defined for; a rank above the result's.
     """
     for adapter, _, weight in sources:
         if not isfinite(weight) or weight < method.min_weight:
@@ -104,31 +147,45 @@ def plan_weight(
     kept = [(adapter, module, weight) for adapter, module, weight in sources if weight]
     if not kept:
         return None
+    ranks = [adapter.modules[module].A.shape[0] for adapter, module, _ in kept]
+    carried = sum(ranks) if method.output == "sum of ranks" else max(ranks)
+    if (parameters.rank or 0) > carried:
+        raise InputError(f"rank {parameters.rank} for {name}: its merged factors carry rank {carried} only")
     return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters)
 
 
 def merge_weights(
-    method: Method, plans: Sequence[WeightPlan], device: torch.device | str | None = None
-) -> list[MergedUpdate]:
+    method: Method,
+    plans: Sequence[WeightPlan],
+    pairs: Sequence["Pair"] = (),  # noqa: F821
+    device: torch.device | str | None = None,
+    progress: Progress = lambda stage, done: None,
+) -> Merged:
     """Load the factors of all plans in float32, merge them, and check that the updates are finite."""
     inputs = [
-        WeightInputs(p.name, [a.factors(m, device=device) for a, m in p.sources], p.weights, p.parameters)
-        for p in plans
+        WeightInputs(
+            plan.name,
+            [adapter.factors(module, device=device) for adapter, module in plan.sources],
+            plan.weights,
+            plan.parameters,
+            [adapter for adapter, _ in plan.sources],
+        )
+        for plan in plans
     ]
-    merged = method.merge(inputs)
-    for plan, update in zip(plans, merged):
+    merged = method.merge(inputs, pairs, progress)
+    for i, (plan, update) in enumerate(zip(plans, merged.updates)):
         if not all(torch.isfinite(t).all() for t in update):
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
+        if plan.parameters.rank is not None:
+            merged.updates[i] = update.truncated(plan.parameters.rank)
     return merged
 
 
-def one_by_one(
-    rule: Callable[[Sequence[LoraFactors], Sequence[float]], LoraFactors],
-) -> Callable[[Sequence[WeightInputs]], list[MergedUpdate]]:
+def one_by_one(rule: Callable[[Sequence[LoraFactors], Sequence[float]], LoraFactors]):
     """`Method.merge` of a closed formula that looks at one weight at a time."""
 
-    def merge(inputs: Sequence[WeightInputs]) -> list[MergedUpdate]:
-        return [LowRank(*rule(w.factors, w.weights).scaled(w.parameters.lambda_)) for w in inputs]
+    def merge(inputs: Sequence[WeightInputs], pairs: Sequence, progress: Progress) -> Merged:
+        return Merged([LowRank(*rule(w.factors, w.weights).scaled(w.parameters.lambda_)) for w in inputs], [])
 
     return merge

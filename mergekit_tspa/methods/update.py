@@ -19,6 +19,14 @@ class LowRank(NamedTuple):
     def dense(self) -> Tensor:
         return self.B @ self.A
 
+    def truncated(self, rank: int) -> "LowRank":
+        """The closest update of a lower rank, `B = U_k sqrt(S_k)`, `A = sqrt(S_k) V_k^T`, by an SVD of the QR core."""
+        Q_B, R_B = torch.linalg.qr(self.B)
+        Q_A, R_A = torch.linalg.qr(self.A.mT)
+        U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+        root = S[:rank].sqrt()
+        return LowRank(Q_B @ (U[:, :rank] * root), (root[:, None] * Vh[:rank]) @ Q_A.mT)
+
     def apply_to(self, W: Tensor) -> Tensor:
         """`W + B A`, computed and returned in the precision of the factors."""
         return torch.addmm(W.to(self.B.dtype), self.B, self.A)

@@ -6,16 +6,19 @@ from mergekit_tspa import LoraFactors, merge_adapters
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.base import WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear
-from mergekit_tspa.methods.tspa_lora import stack, sum_aligned
+from mergekit_tspa.methods.tspa import stack, sum_aligned
 from tests.conftest import relative_error
 from tests.methods.test_closed_forms import random_factors
 
 ROW = METHODS["tspa_lora"]
 
 
+def solve(inputs):
+    return ROW.merge(inputs, (), lambda stage, done: None).updates
+
+
 def merge(factors, weights=None, **parameters):
-    weights = weights or [1.0] * len(factors)
-    (update,) = ROW.merge([WeightInputs("w", factors, weights, ROW.bind(parameters))])
+    (update,) = solve([WeightInputs("w", factors, weights or [1.0] * len(factors), ROW.bind(parameters))])
     return update
 
 
@@ -56,7 +59,7 @@ def test_weights_of_equal_shape_do_not_disturb_each_other():
     two = [LoraFactors(100 * f.B, f.A) for f in two]
     parameters = ROW.bind({"lora_steps": 200})
     inputs = [WeightInputs(str(i), f, [1.0, 1.0], parameters) for i, f in enumerate((one, two))]
-    for batched, factors in zip(ROW.merge(inputs), (one, two)):
+    for batched, factors in zip(solve(inputs), (one, two)):
         assert relative_error(batched.dense(), merge(factors, lora_steps=200).dense()) < 1e-9
 
 
@@ -68,7 +71,7 @@ def test_mixed_ranks_modules_and_parameters_come_back_in_order():
         WeightInputs("b", [g], [1.0], small),
         WeightInputs("c", [f, g], [1.0, 0.5], small),
     ]
-    a, b, c = ROW.merge(inputs)
+    a, b, c = solve(inputs)
     assert loss(a, [f, g]) < loss(merge([f, g], lora_steps=10), [f, g])
     assert relative_error(b.dense(), g.dense()) < 1e-9
     assert relative_error(c.dense(), merge([f, g], [1.0, 0.5], lora_steps=10).dense()) < 1e-9

@@ -1,0 +1,72 @@
+"""A base checkpoint on disk as a mapping of tensors that are read when asked for."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergekit_tspa.errors import InputError
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face model directory, sharded or not, safetensors or `.bin`.
+
+    Raises:
+        InputError: no weights there, or a damaged header.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self._files = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        for name in _SINGLE:
+            index, single = self.directory / f"{name}.index.json", self.directory / name
+            if index.is_file():
+                weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                return {tensor: self.directory / file for tensor, file in weights.items()}
+            if single.is_file():
+                return dict.fromkeys(self._open(single).keys(), single)
+        raise InputError(f"{self.directory}: no {' or '.join(_SINGLE)} there, whole or sharded")
+
+    def _open(self, file: Path):
+        try:
+            if file.suffix == ".safetensors":
+                return safe_open(file, framework="pt")
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{file}: damaged or missing ({error})") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened = self._open(self._files[name])
+        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, from the headers."""
+        shapes = {}
+        for file in dict.fromkeys(self._files.values()):
+            opened = self._open(file)
+            for name in (name for name, owner in self._files.items() if owner == file):
+                shape = opened[name].shape if isinstance(opened, dict) else opened.get_slice(name).get_shape()
+                shapes[name] = tuple(shape)
+        return shapes
+
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`."""
+        file = self.directory / "config.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: not readable ({error})") from error

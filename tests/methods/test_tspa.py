@@ -1,0 +1,268 @@
+"""TSPA through the Python entry: checkpoints of several architectures against the definition, evaluated densely."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from mergekit_tspa import AttentionGeometry, InputError, merge_adapters, read_adapter
+from mergekit_tspa.adapters import Checkpoint
+from tests.conftest import relative_error, save_adapter, save_llama
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def save(model, path):
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    return path
+
+
+def make(architecture, path, gpt2):
+    """`(checkpoint, heads, kv heads, head_dim, modules to adapt)`."""
+    torch.manual_seed(0)
+    if architecture == "llama":
+        return save_llama(path), 4, 2, 16, ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if architecture == "gpt2":
+        return gpt2, 4, 4, 8, ["c_attn", "attn.c_proj"]
+    if architecture == "opt":
+        config = OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)
+        return save(OPTForCausalLM(config), path), 4, 4, 8, ["q_proj", "k_proj", "v_proj", "out_proj"]
+    if architecture == "neox":
+        config = GPTNeoXConfig(**SMALL, intermediate_size=48)
+        return save(GPTNeoXForCausalLM(config), path), 4, 4, 8, ["query_key_value", "attention.dense"]
+    gqa = SMALL | {"num_key_value_heads": 2, "intermediate_size": 48}
+    if architecture == "qwen2":
+        return save(Qwen2ForCausalLM(Qwen2Config(**gqa)), path), 4, 2, 8, ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return save(Phi3ForCausalLM(Phi3Config(**gqa, pad_token_id=0)), path), 4, 2, 8, ["qkv_proj", "o_proj"]
+
+
+def roles(tensors, layer, n, n_kv, d):
+    """Dense `Q, K, V` with their bias as a last column, and `O`, of one layer, sliced by hand."""
+    part = {k: v.double() for k, v in tensors.items() if f".{layer}." in k and ("attn" in k or "attention." in k)}
+
+    def find(*names):
+        return next((v for k, v in part.items() if any(k.endswith(x) for x in names)), None)
+
+    fused, bias = (
+        find("qkv_proj.weight", "query_key_value.weight", "c_attn.weight"),
+        find("query_key_value.bias", "c_attn.bias"),
+    )
+    out = find("o_proj.weight", "out_proj.weight", "attention.dense.weight", "attn.c_proj.weight")
+    if fused is None:
+        weights = [find(f"{r}_proj.weight") for r in "qkv"]
+        biases = [find(f"{r}_proj.bias") for r in "qkv"]
+    else:
+        if any("c_attn" in k for k in part):
+            fused, out = fused.T, out.T
+        if any("query_key_value" in k for k in part):
+            rows = [[h * 3 * d + i * d + j for h in range(n) for j in range(d)] for i in range(3)]
+        else:
+            ends = [0, n * d, (n + n_kv) * d, (n + 2 * n_kv) * d]
+            rows = [list(range(a, b)) for a, b in pairwise(ends)]
+        weights = [fused[r] for r in rows]
+        biases = [None if bias is None else bias[r] for r in rows]
+    joined = [w if b is None else torch.cat([w, b[:, None]], 1) for w, b in zip(weights, biases)]
+    return *joined, out
+
+
+def products(tensors, layer, n, n_kv, d):
+    """Every head's `W_Q^T W_K` and `W_O W_V`."""
+    Q, K, V, out = roles(tensors, layer, n, n_kv, d)
+    m = n // n_kv
+    qk = [Q[h * d : (h + 1) * d].T @ K[h // m * d : (h // m + 1) * d] for h in range(n)]
+    ov = [out[:, h * d : (h + 1) * d] @ V[h // m * d : (h // m + 1) * d] for h in range(n)]
+    return torch.stack(qk), torch.stack(ov)
+
+
+def distance(tensors, adapted, layer, *shape):
+    """`||Z - mean_t Z_t||^2` of both products; `adapted` holds each adapter's model."""
+    merged, singles = products(tensors, layer, *shape), [products(a, layer, *shape) for a in adapted]
+    return [(merged[i] - sum(s[i] for s in singles) / len(singles)).square().sum().item() for i in range(2)]
+
+
+def apply(base, updates):
+    return base | {f"{m}.weight": u.apply_to(base[f"{m}.weight"].double()) for m, u in updates.items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt2", "neox", "phi3"])
+@pytest.mark.parametrize("modules", ["all", "first"])
+def test_reported_objective_is_the_distance_of_the_written_model(architecture, modules, gpt2, tmp_path):
+    """At weight 1 the merged model is index 0 of Eq. 6-7, so its dense distance to the mean is the reported end.
+
+    All heads, groups, fused layouts, biases and mixed ranks go through here.
+    """
+    path, n, n_kv, d, targets = make(architecture, tmp_path / "base", gpt2)
+    targets = targets if modules == "all" else targets[:1]
+    conv = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    adapters = [
+        save_adapter(
+            path, tmp_path / f"a{i}", seed=i, r=r, target_modules=targets[i % 2 * (len(targets) > 2) :], **conv
+        )
+        for i, r in enumerate((3, 2, 4))
+    ]
+    base = dict(Checkpoint(path))
+    singles = [apply(base, merge_adapters("lora_task_arithmetic", [a], base=path)) for a in adapters]
+    ends = {}
+    for steps in (1, 40):
+        updates = merge_adapters("tspa_attention", adapters, base=path, attention_steps=steps)
+        merged = apply(base, updates)
+        for layer in range(2):
+            for report in updates.reports:
+                index = next((i for i, name in enumerate(report.names) if f".{layer}." in name), None)
+                if index is None:
+                    continue
+                qk, ov = distance(merged, singles, layer, n, n_kv, d)
+                dense = qk if report.stage.startswith("query") else ov
+                assert abs(report.end[index].item() - dense) < 2e-4 * dense, report.names[index]
+                ends.setdefault(report.names[index], []).append(dense)
+        assert updates.reports and all(report.orthogonality < 1e-5 for report in updates.reports)
+    assert ends and all(later < 0.95 * first for first, later in ends.values())
+
+
+@pytest.fixture(scope="module")
+def three(llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    targets = (["q_proj", "v_proj", "up_proj"], ["q_proj", "k_proj"], ["v_proj", "o_proj", "up_proj"])
+    return [save_adapter(llama, folder / str(i), seed=i, r=4, target_modules=t) for i, t in enumerate(targets)]
+
+
+def test_ranks_stages_and_reports(llama, three):
+    full = merge_adapters("tspa", three, base=llama, lora_steps=100, attention_steps=20)
+    assert {u.rank for u in full.values()} == {4}
+    assert [r.stage for r in full.reports].count("LoRA alignment") >= 1
+    assert all((r.end <= r.start).all() for r in full.reports)
+    attention = merge_adapters("tspa_attention", three, base=llama, attention_steps=20)
+    same = merge_adapters("tspa", three, base=llama, lora_steps=0, attention_steps=20)
+    lora = merge_adapters("tspa_lora", three, lora_steps=100)
+    only = merge_adapters("tspa", three, lora_steps=100, attention_steps=0)
+    for module in full:
+        assert relative_error(same[module].dense(), attention[module].dense()) < 1e-6
+        assert relative_error(only[module].dense(), lora[module].dense()) < 1e-6
+    # a module outside attention is the plain factor sum after stage 1
+    up = next(m for m in full if "up_proj" in m)
+    B, A = (sum(read_adapter(three[i]).factors(up)[side] for i in (0, 2)) for side in (0, 1))
+    assert relative_error(attention[up].dense(), B @ A) < 1e-6
+
+
+def test_one_adapter_comes_back_as_itself(llama, three):
+    for method in ("tspa", "tspa_attention", "tspa_pairwise"):
+        updates = merge_adapters(method, three[:1], base=llama, attention_steps=10)
+        for module, update in updates.items():
+            assert relative_error(update.dense(), read_adapter(three[0]).factors(module).dense()) < 1e-5
+
+
+def test_lora_target(llama, three):
+    """Both targets are honoured: each result is the closer one to its own target."""
+    attention = merge_adapters("tspa_attention", three, base=llama, attention_steps=50)
+    results = {
+        target: merge_adapters("tspa", three, base=llama, attention_steps=50, lora_steps=300, lora_target=target)
+        for target in ("original", "aligned")
+    }
+    module = "model.layers.0.self_attn.v_proj"
+    mean = sum(read_adapter(three[i]).factors(module).dense() for i in (0, 2)) / 2
+    gap = {t: (u[module].dense() - mean).norm() for t, u in results.items()}
+    assert gap["original"] < gap["aligned"]
+    assert (attention[module].dense() - mean).norm() > gap["original"]
+
+
+def test_options_that_change_the_rotations(llama, three):
+    plain = merge_adapters("tspa_attention", three, base=llama, attention_steps=20)
+    q = "model.layers.0.self_attn.q_proj"
+    for option in ({"rope_safe": True}, {"align_space": "input"}, {"attention_lr": 0.01}):
+        other = merge_adapters("tspa_attention", three, base=llama, attention_steps=20, **option)
+        assert relative_error(other[q].dense(), plain[q].dense()) > 1e-3
+        assert all((r.end < r.start).all() for r in other.reports)
+    reference = merge_adapters("tspa", three, base=llama, attention_steps=20, lora_steps=50, solver="geoopt")
+    fast = merge_adapters("tspa", three, base=llama, attention_steps=20, lora_steps=50)
+    for a, b in zip(fast.reports, reference.reports):
+        torch.testing.assert_close(a.end, b.end, rtol=0.01, atol=0)
+    stopped = merge_adapters("tspa_lora", three, lora_steps=2000, tolerance=0.01)
+    assert max(r.steps for r in stopped.reports) < 2000
+
+
+def test_pairwise_original_lowers_its_objective(llama, three):
+    updates = merge_adapters("tspa_pairwise", three, base=llama, attention_steps=30)
+    assert all((r.end < r.start).all() for r in updates.reports)
+
+
+def test_identical_adapters_leave_the_saddle(llama, three):
+    """The factor sum of two equal adapters is four times the adapter; their mean is reachable."""
+    twins = [dict(read_adapter(three[0]).modules) for _ in range(2)]
+    pair = [{m: read_adapter(three[0]).factors(m) for m in twins[0]} for _ in range(2)]
+    updates = merge_adapters("tspa_lora", pair, lora_steps=500)
+    for module, update in updates.items():
+        assert relative_error(update.dense(), pair[0][module].dense()) < 0.05
+
+
+def test_same_seed_same_bits(llama, three):
+    one, two = (merge_adapters("tspa", three, base=llama, attention_steps=5, lora_steps=20) for _ in range(2))
+    assert all(torch.equal(one[m].B, two[m].B) and torch.equal(one[m].A, two[m].A) for m in one)
+
+
+def test_rank(llama, three):
+    updates = merge_adapters("lora_task_arithmetic", three, rank=3)
+    exact = merge_adapters("lora_task_arithmetic", three)
+    for module, update in updates.items():
+        assert update.rank == 3
+        S = torch.linalg.svdvals(exact[module].dense())
+        lost = (update.dense() - exact[module].dense()).norm()
+        assert abs(lost - S[3:].norm()) < 1e-4 * S[0]
+
+
+def test_refusals(llama, three, tmp_path):
+    q = {"model.layers.0.self_attn.q_proj": (torch.randn(64, 2), torch.randn(2, 64))}
+    tensors = dict(Checkpoint(llama))
+    wrong = AttentionGeometry(4, 2, 8)
+    config = json.loads((llama / "config.json").read_text())
+
+    def odd(**changes):
+        path = save_llama(tmp_path / "-".join(map(str, changes.values())))
+        (path / "config.json").write_text(json.dumps(config | changes))
+        return path
+
+    mla = {"model.layers.0.self_attn.q_a_proj": q["model.layers.0.self_attn.q_proj"]}
+    unknown = tensors | {"model.layers.0.self_attn.q_a_proj.weight": torch.zeros(64, 64)}
+    huge = {m: (B * 1e30, A * 1e30) for m, (B, A) in q.items()}
+    for message, method, adapters, options in [
+        ("give it the base model", "tspa", [q], {}),
+        ("give the head counts", "tspa", [q], {"base": tensors}),
+        ("64 wide.*4 heads of 8", "tspa", [q], {"base": tensors, "geometry": wrong}),
+        ("no multiple of 3 kv heads", "tspa", three, {"base": odd(num_key_value_heads=3)}),
+        ("no multiple of 3", "tspa", [q], {"base": tensors, "geometry": AttentionGeometry(4, 3, 16)}),
+        ("names no number of attention heads", "tspa", three, {"base": odd(num_attention_heads=None)}),
+        ("layout is not known.*q_proj.*attention_steps: 0", "tspa", [mla],
+         {"base": unknown, "geometry": AttentionGeometry(4, 2, 16)}),
+        ("interleaved", "tspa", three, {"base": odd(model_type="cohere"), "rope_safe": True}),
+        ("not finite", "tspa_lora", [huge, huge], {}),
+        ("self_attn.* not finite", "tspa", [huge, huge], {"base": tensors, "geometry": AttentionGeometry(4, 2, 16)}),
+        ("rank 9.*carry rank 4 only", "tspa_lora", three, {"rank": 9}),
+        ("attention_steps: -1", "tspa", three, {"attention_steps": -1}),
+        ("attention_lr: 0", "tspa", three, {"attention_lr": 0}),
+        ("align_space", "tspa", three, {"align_space": "sideways"}),
+        ("target_scale: -1", "tspa", three, {"target_scale": -1}),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            merge_adapters(method, adapters, **options)
+    # going without attention alignment when asked to
+    assert merge_adapters("tspa", [mla, mla], base=unknown, attention_steps=0)
+
+
+def test_fused_weights_refuse_the_input_reading(gpt2, tmp_path):
+    adapter = save_adapter(gpt2, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
+    with pytest.raises(InputError, match="align_space: input cannot be written back"):
+        merge_adapters("tspa", [adapter], base=gpt2, align_space="input")
