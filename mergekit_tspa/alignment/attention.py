@@ -216,10 +216,13 @@ def _any_rotation(Z: Tensor) -> _Rotation:
     else:
         coordinates, start = Z, torch.eye(d).to(Z).expand(L, G, n, d, d)
     beside = coordinates.transpose(2, 3).contiguous()  # (L, G, k, n, q), q = min(k, d)
+    d_point = torch.empty_like(start, memory_format=torch.contiguous_format)  # one memory for all gradients
 
     def merge(V: Tensor, coefficients: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         scaled = (coefficients.mT[:, None, :, :, None] * beside).flatten(3)  # (L, G, k, n q)
-        return scaled @ V.flatten(2, 3), lambda d_sum: (scaled.mT @ d_sum).view(V.shape)
+        return scaled @ V.flatten(2, 3), lambda d_sum: torch.matmul(scaled.mT, d_sum, out=d_point.flatten(2, 3)).view(
+            V.shape
+        )
 
     return _Rotation(start, lambda V: coordinates @ V, merge)
 

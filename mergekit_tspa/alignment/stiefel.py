@@ -19,7 +19,7 @@ Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # both
 
 
 class Solution(NamedTuple):
-    """The best point seen, per problem, and what is known about it. Every field has the problems in front."""
+    """The best point looked at, per problem, and what is known about it. Every field has the problems in front."""
 
     point: Tensor  # (problems, ..., k, d)
     log_s: Tensor  # (problems, n)
@@ -29,6 +29,7 @@ class Solution(NamedTuple):
     steps: Tensor  # (problems,) steps taken
 
 
+@torch.no_grad()
 def minimise(
     objective: Objective,
     point: Tensor,
@@ -45,9 +46,9 @@ def minimise(
     """Minimise many independent objectives at once over orthonormal rows and log scales.
 
     ``objective(point, log_s)`` returns the loss of each problem ``(problems,)`` and the Euclidean gradients
-    with respect to ``point`` and ``log_s``. Each loss is divided by its start value, so that step sizes and
-    epsilon mean the same everywhere; a problem that starts at or below ``floor`` (rounding noise) stays
-    there.
+    with respect to ``point`` and ``log_s``, which are overwritten. Each loss is divided by its start value, so
+    that step sizes and epsilon mean the same everywhere; a problem that starts at or below ``floor`` (rounding
+    noise) stays there.
 
     ``tolerance`` stops early once the sum of the normalised losses fell by less than that fraction within
     ``CHECK_EVERY`` steps; 0 always takes all steps. ``solver`` is ``"amsgrad"`` or ``"geoopt"``, which take
@@ -55,7 +56,7 @@ def minimise(
     hears the fraction done; ``first`` is the number of the first problem, for the message of a
     FloatingPointError.
     """
-    point = point.contiguous()
+    point = point.clone(memory_format=torch.contiguous_format)
     advance = {"amsgrad": _amsgrad, "geoopt": _geoopt}[solver](point, log_s, lr)
     for step in range(steps + 1):
         loss, d_point, d_log_s = objective(point, log_s)
@@ -64,21 +65,21 @@ def minimise(
             best_point, best_log_s = point.clone(), log_s.clone()
             unit = torch.where(start > floor, 1 / start, 0)  # (problems,)
             checked = (end * unit).sum()
-        better = loss < end
-        torch.where(better, loss, end, out=end)
-        torch.where(_align(better, point), point, best_point, out=best_point)
-        torch.where(better[:, None], log_s, best_log_s, out=best_log_s)
         if step % CHECK_EVERY == 0 or step == steps:
             if not (finite := torch.isfinite(loss)).all():
                 culprit = first + int((~finite).nonzero()[0])
                 raise FloatingPointError(f"the loss of alignment problem {culprit} is not finite", culprit)
             if on_progress and steps:
                 on_progress(step / steps)
+            better = loss < end
+            torch.where(better, loss, end, out=end)
+            torch.where(_align(better, point), point, best_point, out=best_point)
+            torch.where(better[:, None], log_s, best_log_s, out=best_log_s)
             previous, checked = checked, (end * unit).sum()
             if not checked or (tolerance and step and previous - checked < tolerance * previous):
                 break  # nothing left to do, or too little happens
         if step < steps:
-            point, log_s = advance(point, log_s, d_point * _align(unit, point), d_log_s * unit[:, None])
+            point, log_s = advance(point, log_s, d_point.mul_(_align(unit, point)), d_log_s * unit[:, None])
     error = (best_point @ best_point.mT - torch.eye(point.shape[-2]).to(point)).abs().flatten(1).amax(1)
     if on_progress:
         on_progress(1.0)
@@ -86,17 +87,18 @@ def minimise(
     return Solution(best_point, best_log_s, start.clamp(min=0), end.clamp(min=0), error, taken)
 
 
-def retract(X: Tensor) -> Tensor:
+def retract(X: Tensor, out: Tensor | None = None) -> Tensor:
     """The orthonormal factor Q of ``X = L Q``, L lower triangular with positive diagonal (QR of ``X^T``).
 
     Through the Cholesky factor of ``X X^T``, which is accurate because X is always a short step from
     orthonormal.
     """
     if X.shape[-2] == 1:
-        return X / torch.linalg.vector_norm(X, dim=-1, keepdim=True)
+        return torch.div(X, torch.linalg.vector_norm(X, dim=-1, keepdim=True), out=out)
     # No error check, which would wait for the device at every step; `minimise` looks for the NaN of failure.
     L = torch.linalg.cholesky_ex(X @ X.mT)[0]
-    return torch.linalg.solve_triangular(L.mT, X.mT, upper=True, left=False).mT  # no copies, unlike L^-1 X
+    inverse = torch.linalg.solve_triangular(L, torch.eye(L.shape[-1]).to(L).expand_as(L), upper=False)
+    return torch.matmul(inverse, X, out=out)
 
 
 def leave_saddle(point: Tensor, similarity: Tensor, seed: int, size: float = 0.01) -> Tensor:
@@ -126,7 +128,7 @@ def in_parts(solve: Callable[[slice], tuple], problems: int, size: int) -> tuple
 
 def part_size(numbers: int, like: Tensor) -> int:
     """How many problems of this many numbers to solve at once: what a CPU's cache or a GPU's memory holds."""
-    budget = 2**21 if like.device.type == "cpu" else 2**30  # bytes
+    budget = 2**22 if like.device.type == "cpu" else 2**30  # bytes
     return max(1, budget // max(1, numbers * like.element_size()))
 
 
@@ -149,14 +151,15 @@ def _transport(M: Tensor, V: Tensor) -> Tensor:
 
 
 def _gradient(D: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
-    """The Riemannian gradient and its squared length, both of the rotation that moves V.
+    """In place, the Riemannian gradient, and its squared length, both of the rotation that moves V.
 
     ``V = Q^T R`` moves by ``V W`` when R moves by ``R W``, ``W = skew(V^T D)``; hence ``(D - V D^T V) / 2`` and
     ``||W||^2 = (||D||^2 - tr (D V^T)^2) / 2``.  So ``lr`` is the step length of R itself, for k < d as for k = d.
     """
     A = torch.bmm(D, V.mT)
-    square = ((D * D).sum((1, 2), keepdim=True) - (A * A.mT).sum((1, 2), keepdim=True)) / 2
-    return torch.baddbmm(D, A.mT, V, beta=0.5, alpha=-0.5), square.clamp_(min=0)
+    length = torch.linalg.vector_norm(D, dim=(1, 2), keepdim=True)
+    square = (length.square_() - (A * A.mT).sum((1, 2), keepdim=True)) / 2
+    return D.baddbmm_(A.mT, V, beta=0.5, alpha=-0.5), square.clamp_(min=0)
 
 
 def _amsgrad(point: Tensor, log_s: Tensor, lr: float) -> Step:
@@ -165,7 +168,8 @@ def _amsgrad(point: Tensor, log_s: Tensor, lr: float) -> Step:
     One second moment per matrix, QR retraction, momentum projected at the new point; for log s one per
     scalar.
     """
-    moment = torch.zeros_like(point).flatten(0, -3)  # (matrices, k, d)
+    # Large tensors are overwritten, never made anew: on a CPU, fresh memory costs more than the arithmetic.
+    moment, spare = torch.zeros_like(point).flatten(0, -3), torch.empty_like(point).flatten(0, -3)  # (matrices, k, d)
     second, largest = moment.new_zeros(2, len(moment), 1, 1)
     moment_s, second_s, largest_s = (torch.zeros_like(log_s) for _ in range(3))
     count = 0
@@ -177,12 +181,12 @@ def _amsgrad(point: Tensor, log_s: Tensor, lr: float) -> Step:
         return divisor.mul_((BETA1**count - 1) / lr).reciprocal_()  # negative: downhill
 
     def advance(point: Tensor, log_s: Tensor, d_point: Tensor, d_log_s: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal count
+        nonlocal count, spare
         count += 1
         V = point.flatten(0, -3)
         gradient, square = _gradient(d_point.flatten(0, -3), V)
         moment.lerp_(gradient, 1 - BETA1)
-        V = retract(torch.addcmul(V, moment, rate(second, largest, square)))
+        V, spare = retract(V.addcmul_(moment, rate(second, largest, square)), out=spare), V
         _transport(moment, V)
         moment_s.lerp_(d_log_s, 1 - BETA1)
         log_s = torch.addcmul(log_s, moment_s, rate(second_s, largest_s, d_log_s.square()))

@@ -101,15 +101,15 @@ def align_weights(
     for (_, rank, _), batch in batches.items():
         p = inputs[batch[0]].parameters
         stacked = [stack(inputs[i].factors, rank) for i in batch]
-        G_B = torch.stack([_blocks(B.mT, B) for B, _ in stacked])
-        G_A = torch.stack([_blocks(A, A.mT) for _, A in stacked])
+        G_B = torch.stack([_inner(B, B) for B, _ in stacked])
+        G_A = torch.stack([_inner(A.mT, A.mT) for _, A in stacked])
         weights = G_B.new_tensor([inputs[i].weights for i in batch])  # (M, n)
         other = {}
         if getattr(p, "lora_target", "aligned") == "original":
             goals = [stack(originals[i].factors, rank) for i in batch]
-            other["T_B"] = torch.stack([_blocks(T.mT, B) for (T, _), (B, _) in zip(goals, stacked)])
-            other["T_A"] = torch.stack([_blocks(T, A.mT) for (_, T), (_, A) in zip(goals, stacked)])
-            other["target_norm2"] = torch.stack([(_blocks(B.mT, B) * _blocks(A, A.mT)).sum() for B, A in goals])
+            other["T_B"] = torch.stack([_inner(T, B) for (T, _), (B, _) in zip(goals, stacked)])
+            other["T_A"] = torch.stack([_inner(T.mT, A.mT) for (_, T), (_, A) in zip(goals, stacked)])
+            other["target_norm2"] = torch.stack([(_inner(B, B) * _inner(A.mT, A.mT)).sum() for B, A in goals])
         names = [inputs[i].name for i in batch]
         try:
             R, s, solution = align_lora(
@@ -131,9 +131,9 @@ def align_weights(
     return [merged[i] for i in range(len(inputs))], reports
 
 
-def _blocks(left: Tensor, right: Tensor) -> Tensor:
-    """All products `left_t right_u`  # (n, r, d), (m, d, r) -> (n, m, r, r)"""
-    return left[:, None] @ right[None]
+def _inner(B: Tensor, C: Tensor) -> Tensor:
+    """All products `B_t^T C_u`  # (n, d, r), (m, d, r) -> (n, m, r, r)"""
+    return torch.einsum("tdi,udj->tuij", B, C)
 
 
 def tspa(inputs: Sequence[WeightInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:

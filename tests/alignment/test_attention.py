@@ -134,7 +134,7 @@ def check_gradients(objective, point, log_s):
         @staticmethod
         def forward(ctx, point, log_s):
             loss, *gradients = objective(point, log_s)
-            ctx.save_for_backward(*gradients)
+            ctx.save_for_backward(*(g.clone() for g in gradients))  # the objective reuses their memory
             return loss.sum()
 
         @staticmethod
