@@ -67,18 +67,21 @@ def merge_adapters(
     if base is not None and not isinstance(base, Mapping):
         base = Checkpoint(base)
 
-    touched = _match(loaded, base)
+    shapes = None
+    if base is not None:
+        shapes = base.shapes() if isinstance(base, Checkpoint) else {name: tuple(t.shape) for name, t in base.items()}
+    touched = _match(loaded, shapes)
     plans = []
     for weight in dict.fromkeys(weight for modules in touched for weight in modules):
         sources = [(a, modules[weight], w) for a, modules, w in zip(loaded, touched, weights) if weight in modules]
-        shapes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
-        if len(set(shapes.values())) > 1:
-            raise InputError(f"{weight}: updates of different shapes {shapes}; the adapters belong to different bases")
+        sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
         if (plan := plan_weight(row, weight, sources, bound)) is not None:
             plans.append(plan)
     pairs = [
         Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
-        for pair in _plan_pairs(row, plans, base, geometry)
+        for pair in _plan_pairs(row, plans, base, shapes, geometry)
     ]
     updates, reports = merge_weights(row, plans, pairs, device, progress)
     merged = MergedAdapters({plan.name.removesuffix(".weight"): update for plan, update in zip(plans, updates)})
@@ -92,24 +95,27 @@ def _load(adapter: AdapterLike, name: str) -> Adapter:
     return read_adapter(locate_adapter(os.fspath(adapter)), os.fspath(adapter))
 
 
-def _match(adapters: Sequence[Adapter], base: Mapping[str, Tensor] | None) -> list[dict[str, str]]:
+def _match(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]] | None) -> list[dict[str, str]]:
     """`{weight: module}` of each adapter."""
-    if base is None:
+    if shapes is None:
         return [{f"{module}.weight": module for module in adapter.modules} for adapter in adapters]
-    shapes = base.shapes() if isinstance(base, Checkpoint) else {name: tuple(t.shape) for name, t in base.items()}
     return [adapter.match(shapes, "the base") for adapter in adapters]
 
 
 def _plan_pairs(
-    method: Method, plans: Sequence[WeightPlan], base: Mapping[str, Tensor] | None, geometry: AttentionGeometry | None
+    method: Method,
+    plans: Sequence[WeightPlan],
+    base: Mapping[str, Tensor] | None,
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    geometry: AttentionGeometry | None,
 ) -> list[PairPlan]:
     if not method.attention or not any(plan.parameters.attention_steps and in_attention(plan.name) for plan in plans):
         return []
-    if base is None:
+    if base is None or shapes is None:
         raise InputError(f"{method.name} looks at attention products: give it the base model (base=)")
     if geometry is not None:
-        return list(plan_pairs(plans, base, lambda block: geometry))
+        return list(plan_pairs(plans, shapes, lambda block: geometry))
     if not isinstance(base, Checkpoint):
         raise InputError(f"{method.name}: give the head counts with a base of tensors (geometry=AttentionGeometry(..))")
     config = base.config()
-    return list(plan_pairs(plans, base, lambda block: AttentionGeometry.from_config(config, block)))
+    return list(plan_pairs(plans, shapes, lambda block: AttentionGeometry.from_config(config, block)))

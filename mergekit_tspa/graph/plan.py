@@ -11,7 +11,7 @@ from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
-from mergekit_tspa.adapters import AttentionGeometry
+from mergekit_tspa.adapters import AttentionGeometry, Checkpoint
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.reference import AdapterReference
 from mergekit_tspa.graph.tasks import ApplyUpdate, Chunk, LoadSide, MergeChunk, SideSource, TakeUpdate
@@ -62,7 +62,9 @@ def replace_tasks(planner: MergePlanner) -> None:
                 LOG.warning("%s: all weights are zero, so the base stays as it is", weight.name)
     _check_touched(touched)
     loads = {name: base.model_copy(update={"dtype": None}) for name, base in bases.items()}
-    pairs = list(plan_pairs([*plans.values()], loads, _geometry(planner))) if method.attention else []
+    pairs = []
+    if method.attention:
+        pairs = list(plan_pairs([*plans.values()], _shapes(planner, loads), _geometry(planner)))
 
     device = None if options.multi_gpu else options.device
     budget = CPU_BYTES if device == "cpu" else ACCELERATOR_BYTES
@@ -114,6 +116,13 @@ def _check_touched(touched: dict[ModelReference, set[str]]) -> None:
                 "%s: %d of its tensors are not part of the output, %s among them",
                 *(reference.lora, len(missing), min(missing)),
             )
+
+
+def _shapes(planner: MergePlanner, loads: dict[str, LoadTensor]) -> dict[str, tuple[int, ...] | None]:
+    """Shapes of the output's tensors; None for those that mergekit converts when it reads them."""
+    loader = LoaderCache().get(planner.config.base_model)
+    shapes = Checkpoint(loader.index.base_path).shapes()
+    return {name: shapes.get(load._resolve_name(loader)) for name, load in loads.items()}
 
 
 def _geometry(planner: MergePlanner) -> Callable[[str], AttentionGeometry]:

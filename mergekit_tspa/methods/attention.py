@@ -4,7 +4,7 @@ A pair is query and key, or output and value, of one block.  Planning needs name
 base weights are read once, one at a time, and only their Grams are kept.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,18 +72,20 @@ class PairPlan(NamedTuple):
 
 
 def plan_pairs(
-    plans: Sequence[WeightPlan], names: Collection[str], geometry_of: Callable[[str], AttentionGeometry]
+    plans: Sequence[WeightPlan],
+    shapes: Mapping[str, tuple[int, ...] | None],
+    geometry_of: Callable[[str], AttentionGeometry],
 ) -> Iterator[PairPlan]:
     """The pairs that the planned weights belong to, of the blocks whose `attention_steps` are not 0.
 
-    `names` are all tensors of the model.  Parameters and adapter weights of a pair are those of its query or
-    value weight when an adapter touches it, else of the other one.
+    `shapes` names all tensors of the model, with their shapes as far as they are known.  Parameters and adapter
+    weights of a pair are those of its query or value weight when an adapter touches it, else of the other one.
 
     Raises:
-        InputError: an adapted attention weight whose layout is not known, or impossible head counts.
+        InputError: an adapted attention weight whose layout is not known, or head counts that do not fit.
     """
     planned = {plan.name: plan for plan in plans if plan.parameters.attention_steps}
-    blocks = attention_blocks(names)
+    blocks = attention_blocks(shapes)
     touched = {}
     for name in planned:
         if found := attention_role(name):
@@ -106,10 +108,10 @@ def plan_pairs(
         for x, y, leading in (("q", "k", "q"), ("o", "v", "v")):
             if x in roles and y in roles and (roles[x] in planned or roles[y] in planned):
                 owner = planned.get(roles[leading]) or planned[roles[y if leading == x else x]]
-                yield _plan_pair(f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, names, geometry)
+                yield _plan_pair(f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, shapes, geometry)
 
 
-def _plan_pair(name, weight_x, weight_y, roles, owner, planned, names, geometry) -> PairPlan:
+def _plan_pair(name, weight_x, weight_y, roles, owner, planned, shapes, geometry) -> PairPlan:
     adapters: dict[Adapter, float] = {}
     for plan in (owner, planned.get(weight_x), planned.get(weight_y)):
         for (adapter, _), weight in zip(plan.sources, plan.weights) if plan else ():
@@ -118,7 +120,8 @@ def _plan_pair(name, weight_x, weight_y, roles, owner, planned, names, geometry)
     def side(role: str, weight: str) -> Side:
         modules = dict(planned[weight].sources) if weight in planned else {}
         bias = weight.removesuffix("weight") + "bias"
-        return Side(role, weight, bias if role != "o" and bias in names else None, tuple(map(modules.get, adapters)))
+        _check_width(role, weight, shapes[weight], geometry)
+        return Side(role, weight, bias if role != "o" and bias in shapes else None, tuple(map(modules.get, adapters)))
 
     pair = PairPlan(
         name, *map(side, roles, (weight_x, weight_y)), (*adapters,), (*adapters.values(),), geometry, owner.parameters
@@ -128,6 +131,20 @@ def _plan_pair(name, weight_x, weight_y, roles, owner, planned, names, geometry)
     if _reads_input(pair) and geometry.fused:
         raise InputError(f"{name}: align_space: input cannot be written back to the fused {weight_x}; use head")
     return pair
+
+
+def _check_width(role: str, weight: str, shape: tuple[int, ...] | None, g: AttentionGeometry) -> None:
+    if shape is None:
+        return
+    heads = g.n_heads if role in "qo" else g.n_kv_heads
+    if g.fused and role != "o":
+        heads = g.n_heads + 2 * g.n_kv_heads
+    width = shape[(role == "o") != g.transposed]
+    if width != heads * g.head_dim:
+        raise InputError(
+            f"{weight}: its {role} side is {width} wide, but the base's configuration has {heads} heads of "
+            f"{g.head_dim}; set attention_steps: 0 to go without attention alignment"
+        )
 
 
 def _unknown(tensor: str) -> str:
@@ -140,11 +157,7 @@ def _unknown(tensor: str) -> str:
 def load_side(
     pair: PairPlan, side: Side, read: Callable[[str], Tensor], device: torch.device | str | None = None
 ) -> SideGrams:
-    """Read a side's base weight, unless the other side has no LoRA, and keep its Grams; float32.
-
-    Raises:
-        InputError: the weight's shape is not what the head counts say.
-    """
+    """Read a side's base weight, unless the other side has no LoRA, and keep its Grams; float32."""
     g = pair.geometry
     other = pair.y if side is pair.x else pair.x
     W = bias = None
@@ -152,17 +165,11 @@ def load_side(
         W = _part(g, side.role, _upright(g, read(side.weight).to(device, torch.float32)))
         bias = side.bias and _part(g, side.role, read(side.bias).to(device, torch.float32))
     B, A = _stacked(pair, side, W, device)
-    heads = g.n_heads if side.role in "qo" else g.n_kv_heads
-    width = A.shape[2] if side.role == "o" else B.shape[1]
-    if width != heads * g.head_dim:
-        raise InputError(
-            f"{side.weight}: its {side.role} part is {width} wide, but the base's configuration has {heads} heads of "
-            f"{g.head_dim}; set attention_steps: 0 to go without attention alignment"
-        )
     if side.role == "o":
         return side_grams(*output_side(W, B, A, g.n_heads, g.n_kv_heads))
     if _reads_input(pair):
         return side_grams(*input_side(W, B, A))
+    heads = g.n_heads if side.role == "q" else g.n_kv_heads
     return side_grams(*query_side(W, B, A, heads, g.n_kv_heads, bias))
 
 
