@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 
@@ -112,8 +112,27 @@ def dense(_device: str, n: int = 4, rank: int = 8) -> None:
     _dense_lora(n, rank, width=4096, steps=40, repeat=50)
 
 
+def descend(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, float]:
+    """Seconds and final value of plain minimisation by autograd."""
+    start = time.perf_counter()
+    first = loss().item()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (loss() / first).backward()
+        optimizer.step()
+    return time.perf_counter() - start, loss().item()
+
+
+def compare(what: str, plain: float, fast: float, repeat: int, ratio: float) -> None:
+    """`repeat`: the plain version took this many times fewer steps than ours and is scaled up."""
+    compared = f", final objective {ratio:.4f} of the plain one" if repeat == 1 else ""
+    scaled = " (scaled up)" * (repeat > 1)
+    print(
+        f"{what}: plain {plain * repeat:.1f} s{scaled}, ours {fast:.3f} s, {plain * repeat / fast:.0f} times{compared}"
+    )
+
+
 def _dense_attention(n: int, rank: int, width: int, steps: int, repeat: int) -> None:
-    """`repeat`: the plain version does this many times fewer steps than the paper's 100 and is scaled up."""
     h, g, d = GEOMETRY[:3]
     generator = torch.Generator().manual_seed(0)
     draw = lambda *s: torch.randn(*s, generator=generator)  # noqa: E731
@@ -133,14 +152,7 @@ def _dense_attention(n: int, rank: int, width: int, steps: int, repeat: int) -> 
         merged = product(W + rotated.sum(0) @ A.sum(0))
         return sum((merged - product(W + B[t] @ A[t])).square().sum() for t in range(n))
 
-    start = time.perf_counter()
-    first = loss().item()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (loss() / first).backward()
-        optimizer.step()
-    plain = (time.perf_counter() - start) * repeat
-    end = loss().item()
+    plain, end = descend(loss, optimizer, steps)
 
     start = time.perf_counter()
     none = torch.zeros(n, g * d, 0), torch.zeros(n, 0, width)
@@ -151,12 +163,7 @@ def _dense_attention(n: int, rank: int, width: int, steps: int, repeat: int) -> 
     mean = sum(product(W + B[t] @ A[t]) for t in range(n)) / n
     constant = sum((product(W + B[t] @ A[t]) - mean).square().sum() for t in range(n)).item()
     ours = n * solution.end.item() + constant
-    compared = f", final objective {ours / end:.4f} of the plain one" if repeat == 1 else ""
-    print(
-        f"query-key, width {width}: plain {plain:.1f} s{' (scaled up)' * (repeat > 1)}, "
-        f"ours {fast:.3f} s, {plain / fast:.0f} times{compared}",
-        flush=True,
-    )
+    compare(f"query-key, width {width}", plain, fast, repeat, ours / end)
 
 
 def _dense_lora(n: int, rank: int, width: int, steps: int, repeat: int) -> None:
@@ -171,14 +178,7 @@ def _dense_lora(n: int, rank: int, width: int, steps: int, repeat: int) -> None:
         merged = (log_s.exp() * B @ R).sum(0) @ ((-log_s).exp() * R.mT @ A).sum(0)
         return sum((merged - B[t] @ A[t]).square().sum() for t in range(n))
 
-    start = time.perf_counter()
-    first = loss().item()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (loss() / first).backward()
-        optimizer.step()
-    plain = (time.perf_counter() - start) * repeat
-    end = loss().item()
+    plain, end = descend(loss, optimizer, steps)
 
     start = time.perf_counter()
     G_B, G_A = (B.mT[:, None] @ B[None])[None], (A[:, None] @ A.mT[None])[None]
@@ -186,12 +186,7 @@ def _dense_lora(n: int, rank: int, width: int, steps: int, repeat: int) -> None:
     fast = time.perf_counter() - start
     mean = sum(B[t] @ A[t] for t in range(n)) / n
     ours = n * solution.end.item() + sum((B[t] @ A[t] - mean).square().sum().item() for t in range(n))
-    compared = f", final objective {ours / end:.4f} of the plain one" if repeat == 1 else ""
-    print(
-        f"LoRA, width {width}: plain {plain:.1f} s{' (scaled up)' * (repeat > 1)}, ours {fast:.3f} s, "
-        f"{plain / fast:.0f} times{compared}",
-        flush=True,
-    )
+    compare(f"LoRA, width {width}", plain, fast, repeat, ours / end)
 
 
 def merge(_device: str, runs: int = 3) -> None:

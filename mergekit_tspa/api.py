@@ -11,7 +11,7 @@ from mergekit_tspa.adapters.geometry import in_attention
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS, MergedUpdate, Report
 from mergekit_tspa.methods.attention import Pair, PairPlan, load_side, plan_pairs
-from mergekit_tspa.methods.base import Method, Progress, WeightPlan, merge_weights, plan_weight
+from mergekit_tspa.methods.base import Method, Progress, WeightPlan, check_ranks, merge_weights, plan_weight
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
@@ -23,6 +23,7 @@ class MergedAdapters(dict[str, MergedUpdate]):
     reports: Sequence[Report] = ()
 
 
+@torch.no_grad()
 def merge_adapters(
     method: str,
     adapters: Sequence[AdapterLike],
@@ -57,7 +58,13 @@ def merge_adapters(
     if method not in METHODS:
         raise InputError(f"there is no method {method!r}; known are {', '.join(METHODS)}")
     row = METHODS[method]
-    weights = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    if isinstance(adapters, str | os.PathLike | Mapping):
+        raise InputError("adapters must be a sequence: put the one adapter in a list")
+    if weights is None:
+        weights = [1.0] * len(adapters)
+    if not all(isinstance(weight, int | float) for weight in weights):
+        raise InputError(f"weights must be numbers, not {list(weights)}")
+    device = torch.device(device or "cpu")  # not torch's default device, where the adapters need not be
     if not adapters or len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight per adapter")
     if "lambda_" in parameters:
@@ -70,7 +77,11 @@ def merge_adapters(
     shapes = None
     if base is not None:
         shapes = base.shapes() if isinstance(base, Checkpoint) else {name: tuple(t.shape) for name, t in base.items()}
-    touched = _match(loaded, shapes)
+    if base is None:
+        touched = [{f"{module}.weight": module for module in adapter.modules} for adapter in loaded]
+    else:
+        config = base.config() if isinstance(base, Checkpoint) else None
+        loaded, touched = zip(*(adapter.fit(shapes, "the base", config) for adapter in loaded))
     plans = []
     for weight in dict.fromkeys(weight for modules in touched for weight in modules):
         sources = [(a, modules[weight], w) for a, modules, w in zip(loaded, touched, weights) if weight in modules]
@@ -79,6 +90,7 @@ def merge_adapters(
             raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
         if (plan := plan_weight(row, weight, sources, bound)) is not None:
             plans.append(plan)
+    check_ranks(row, plans)
     pairs = [
         Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
         for pair in _plan_pairs(row, plans, base, shapes, geometry)
@@ -93,13 +105,6 @@ def _load(adapter: AdapterLike, name: str) -> Adapter:
     if isinstance(adapter, Mapping):
         return Adapter.from_factors(name, adapter)
     return read_adapter(locate_adapter(os.fspath(adapter)), os.fspath(adapter))
-
-
-def _match(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]] | None) -> list[dict[str, str]]:
-    """`{weight: module}` of each adapter."""
-    if shapes is None:
-        return [{f"{module}.weight": module for module in adapter.modules} for adapter in adapters]
-    return [adapter.match(shapes, "the base") for adapter in adapters]
 
 
 def _plan_pairs(

@@ -35,7 +35,7 @@ def save_llama(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **
     return path
 
 
-def save_adapter(base: Path, path: Path, seed: int = 1, **config) -> Path:
+def save_adapter(base: Path, path: Path, seed: int = 1, save_embedding_layers="auto", **config) -> Path:
     """A PEFT adapter with random factors of both kinds, large enough to matter beside the base weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -44,7 +44,7 @@ def save_adapter(base: Path, path: Path, seed: int = 1, **config) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(path)
+    model.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path
 
 

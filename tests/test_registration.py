@@ -75,6 +75,8 @@ def test_import_torch_loads_nothing_else():
         "import torch, mergekit.merge",
         "import mergekit_tspa, mergekit.merge",
         "import mergekit.merge, mergekit_tspa",
+        "import mergekit_tspa.graph.recipe",
+        "import mergekit_tspa.graph.method",
     ],
 )
 def test_any_import_order(first):

@@ -1,12 +1,13 @@
 """A base checkpoint on disk as a mapping of tensors that are read when asked for."""
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_tspa.errors import InputError
@@ -39,8 +40,10 @@ class Checkpoint(Mapping[str, Tensor]):
         try:
             if file.suffix == ".safetensors":
                 return safe_open(file, framework="pt")
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
+            mmap = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            return tensors.get("state_dict", tensors)
+        except Exception as error:  # safetensors and pickle raise a dozen unrelated types for damaged files
             raise InputError(f"{file}: damaged or missing ({error})") from error
 
     def __getitem__(self, name: str) -> Tensor:
@@ -64,9 +67,14 @@ class Checkpoint(Mapping[str, Tensor]):
         return shapes
 
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`."""
+        """The model's `config.json`, completed with the defaults of its model type where transformers knows it."""
+        from transformers import AutoConfig
+
         file = self.directory / "config.json"
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: not readable ({error})") from error
+            return AutoConfig.from_pretrained(self.directory).to_dict()
+        except Exception:
+            try:
+                return json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise InputError(f"{file}: not readable ({error})") from error

@@ -11,8 +11,9 @@ def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None
     Raises:
         InputError: neither a directory nor a repository that can be reached.
     """
-    if os.path.isdir(path):
-        return path
+    directory = os.path.expanduser(path)
+    if os.path.isdir(directory):
+        return directory
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local:
         raise InputError(f"{path}: there is no such adapter directory")

@@ -26,7 +26,7 @@ class TensorNames:
     """Looks a module's `.weight` up among the tensors of a checkpoint: exact, else by the longest common suffix.
 
     The suffix rule covers a missing or an extra leading `model.` and the renamed wrappers of vision-language
-    models; it never guesses between two candidates.
+    models.  Among several candidates the one that shares most parts of its path wins; a tie is no match.
     """
 
     def __init__(self, tensors: Collection[str]):
@@ -45,7 +45,9 @@ class TensorNames:
             found = self._by_suffix.get(suffix, [])
             # A lone `q_proj.weight` names a kind of layer, not one of them: a layer number must be part of the match.
             if found and (suffix == weight or re.search(r"\.\d+\.", suffix)):
-                return found[0] if len(found) == 1 else None
+                parts = set(weight.split("."))
+                shared = [len(parts & set(name.split("."))) for name in found]
+                return found[shared.index(max(shared))] if shared.count(max(shared)) == 1 else None
         return None
 
     def nearest(self, module: str) -> str:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +63,10 @@ _REFUSED_TENSORS = (
     (r"\.base_layer\.weight$", "LoRA on an embedding or head saved with its base weight", _MERGE_FIRST),
     (r"\.bias$", "an adapter with trained biases", _MERGE_FIRST),
 )
+# transformers' Conv1D stores (d_in, d_out).
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<name>[^.]+))?\.weight$")
 
 
@@ -95,6 +99,14 @@ class Adapter:
     @classmethod
     def from_factors(cls, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> "Adapter":
         """An adapter from `{module: (B, A)}` with the scale folded in."""
+        for module, (B, A) in factors.items():
+            if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
+                raise InputError(
+                    f"{name}: factors of {module} have shapes {tuple(B.shape)} and {tuple(A.shape)}; "
+                    "expected B (d_out, r) and A (r, d_in)"
+                )
+            if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+                raise InputError(f"{name}: a factor of {module} contains NaN or Inf")
         return cls(name, None, {module: _Module(A, B, 1.0, False) for module, (B, A) in factors.items()})
 
     def factors(
@@ -102,21 +114,38 @@ class Adapter:
     ) -> LoraFactors:
         return self.modules[module].factors(dtype, device)
 
-    def match(self, shapes: Mapping[str, tuple[int, ...]], base: str) -> dict[str, str]:
-        """Map base tensors to the modules that update them, `{tensor: module}`.
+    def fit(
+        self, shapes: Mapping[str, tuple[int, ...]], base: str, config: Mapping[str, Any] | None = None
+    ) -> tuple["Adapter", dict[str, str]]:
+        """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
+
+        PEFT goes by a layer's class and ignores `fan_in_fan_out` where it contradicts it, so the orientation
+        of each module is settled here: by the base's `config` where its model has Conv1D layers, else by the flag.
 
         Raises:
-            InputError: a module has no tensor in the base, or a tensor of another shape.
+            InputError: a module has no tensor in the base, a tensor of another shape, or one tied to another.
         """
         tensors = {tensor: module for module, tensor in match_modules(self.modules, shapes, self.name, base).items()}
+        config = config or {}
+        tied = (config.get("text_config") or config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        modules = dict(self.modules)
         for tensor, module in tensors.items():
-            if self.modules[module].shape != tuple(shapes[tensor]):
+            if tied and tensor.endswith(_HEADS):
+                raise InputError(
+                    f"{self.name}: it adapts {tensor}, which {base} ties to its embedding; untie the base first, "
+                    "or train without it"
+                )
+            found = modules[module]
+            if config.get("model_type") in _CONV1D_MODELS:
+                found = found._replace(transposed=tensor.split(".")[-2] in _CONV1D_LAYERS)
+            if found.shape != tuple(shapes[tensor]):
                 trained_on = f" (the adapter says it was trained on {self.base})" if self.base else ""
                 raise InputError(
-                    f"{self.name}: the update of {module} has shape {self.modules[module].shape} but {tensor} of "
+                    f"{self.name}: the update of {module} has shape {found.shape} but {tensor} of "
                     f"{base} has {tuple(shapes[tensor])}; use the base the adapter was trained on{trained_on}"
                 )
-        return tensors
+            modules[module] = found
+        return replace(self, modules=modules), tensors
 
 
 def read_adapter(path: str | os.PathLike, name: str | None = None) -> Adapter:

@@ -155,10 +155,10 @@ def _fold_targets(x: SideGrams, y: SideGrams, weights: Tensor) -> PairProblem:
 def _stack_adapters(side: SideGrams, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """H (n rx, n rx), C and S (G, n rx, d), E (n rx, rx), rows ordered adapter, head, rank; heads share L."""
     n, _, m, r, _ = side.inner.shape
-    eye = torch.eye(m).to(side.H)
+    eye = torch.eye(m, dtype=side.H.dtype, device=side.H.device)
     H = torch.einsum("ab,tuij->taiubj", eye, side.H).reshape(n * m * r, n * m * r)
     C, S = (v.movedim(0, 1).flatten(1, 3) for v in (side.C, side.inner))
-    return H, C, S, torch.kron(weights[:, None], torch.eye(m * r).to(weights))
+    return H, C, S, torch.kron(weights[:, None], torch.eye(m * r, dtype=weights.dtype, device=weights.device))
 
 
 def _dot(P: Tensor, Q: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def _any_rotation(Z: Tensor) -> _Rotation:
         Q, U = torch.linalg.qr(Z.mT)
         coordinates, start = U.mT, Q.mT
     else:
-        coordinates, start = Z, torch.eye(d).to(Z).expand(L, G, n, d, d)
+        coordinates, start = Z, torch.eye(d, dtype=Z.dtype, device=Z.device).expand(L, G, n, d, d)
     beside = coordinates.transpose(2, 3).contiguous()  # (L, G, k, n, q), q = min(k, d)
     d_point = torch.empty_like(start, memory_format=torch.contiguous_format)  # one memory for all gradients
 
@@ -285,7 +285,7 @@ def align_attention(
         objective, rotated = _aligned_objective(share, rotation, free)
         solution = minimise(
             objective,
-            leave_saddle(rotation.start, share.similarity, seed),
+            leave_saddle(rotation.start, share.similarity, seed if steps else None),
             torch.zeros_like(share.weights),
             steps=steps,
             lr=lr,

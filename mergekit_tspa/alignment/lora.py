@@ -50,7 +50,11 @@ def align_lora(
         count = len(left[part])
         solution = minimise(
             problem,
-            leave_saddle(torch.eye(r).to(G_B).expand(count, n, r, r), factors[part], seed),
+            leave_saddle(
+                torch.eye(r, dtype=G_B.dtype, device=G_B.device).expand(count, n, r, r),
+                factors[part],
+                seed if steps else None,
+            ),
             G_B.new_zeros(count, n),
             steps=steps,
             lr=lr,

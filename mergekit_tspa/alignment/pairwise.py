@@ -37,7 +37,11 @@ def align_pairwise(
         objective, similarity = _objective(N)
         solution = minimise(
             objective,
-            leave_saddle(torch.eye(d).to(N).expand(*N.shape[:3], d, d), similarity[:, None], seed),
+            leave_saddle(
+                torch.eye(d, dtype=N.dtype, device=N.device).expand(*N.shape[:3], d, d),
+                similarity[:, None],
+                seed if steps else None,
+            ),
             N.new_zeros(len(N), n),
             steps=steps,
             lr=lr,
@@ -65,7 +69,7 @@ def _objective(N: Tensor) -> tuple[Objective, Tensor]:
     L, G, n, _, d, _ = N.shape
     similarity = N.diagonal(dim1=-2, dim2=-1).sum((1, -1))
     constant = (n - 1) * similarity.diagonal(dim1=1, dim2=2).sum(1)
-    apart = 1 - torch.eye(n).to(N)
+    apart = 1 - torch.eye(n, dtype=N.dtype, device=N.device)
     N = (N * apart[:, :, None, None]).transpose(3, 4).reshape(L * G, n * d, n * d)
 
     def objective(R: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,7 +80,12 @@ def minimise(
                 break  # nothing left to do, or too little happens
         if step < steps:
             point, log_s = advance(point, log_s, d_point.mul_(_align(unit, point)), d_log_s * unit[:, None])
-    error = (best_point @ best_point.mT - torch.eye(point.shape[-2]).to(point)).abs().flatten(1).amax(1)
+    error = (
+        (best_point @ best_point.mT - torch.eye(point.shape[-2], dtype=point.dtype, device=point.device))
+        .abs()
+        .flatten(1)
+        .amax(1)
+    )
     if on_progress:
         on_progress(1.0)
     taken = torch.full_like(start, step, dtype=torch.long)
@@ -97,17 +102,21 @@ def retract(X: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.div(X, torch.linalg.vector_norm(X, dim=-1, keepdim=True), out=out)
     # No error check, which would wait for the device at every step; `minimise` looks for the NaN of failure.
     L = torch.linalg.cholesky_ex(X @ X.mT)[0]
-    inverse = torch.linalg.solve_triangular(L, torch.eye(L.shape[-1]).to(L).expand_as(L), upper=False)
+    inverse = torch.linalg.solve_triangular(
+        L, torch.eye(L.shape[-1], dtype=L.dtype, device=L.device).expand_as(L), upper=False
+    )
     return torch.matmul(inverse, X, out=out)
 
 
-def leave_saddle(point: Tensor, similarity: Tensor, seed: int, size: float = 0.01) -> Tensor:
+def leave_saddle(point: Tensor, similarity: Tensor, seed: int | None, size: float = 0.01) -> Tensor:
     """Rotate the start of each problem that has two coinciding adapters by a little, at random.
 
     Identical adapters have zero gradient at the identity although other rotations are better. ``similarity``
     ``(problems, factors, n, n)`` holds the adapters' inner products in each of their factors. All problems
-    draw the same rotations, so a problem's result does not depend on its batch.
+    draw the same rotations, so a problem's result does not depend on its batch.  Without a seed nothing moves.
     """
+    if seed is None:
+        return point
     norm2 = similarity.diagonal(dim1=2, dim2=3)
     total = norm2[..., :, None] + norm2[..., None, :]
     close = (total - 2 * similarity).abs() <= 100 * torch.finfo(point.dtype).eps * total

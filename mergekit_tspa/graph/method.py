@@ -51,8 +51,11 @@ class AdapterMergeMethod(GroupMergeMethod):
         changed = [entry for entry in group.non_base if not torch.equal(entry.tensor, base)]
         if not changed:
             return base
-        raise InputError(
-            f"{self.method.name} merges LoRA factors, but {group.metadata.name or 'a tensor'} of "
-            f"{changed[0].id} reached it as a dense tensor; leave out the tokenizer option that resizes it, or use a "
-            "mergekit method such as task_arithmetic for this merge"
-        )
+        raise InputError(dense_message(self.method, group.metadata.name or "a tensor", str(changed[0].id)))
+
+
+def dense_message(method: Method, tensor: str, source: str) -> str:
+    return (
+        f"{method.name} merges LoRA factors, but {tensor} of {source} would reach it as a dense tensor; leave out the "
+        "tokenizer option that resizes it, or use a mergekit method such as task_arithmetic for this merge"
+    )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from mergekit import common
+from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -13,11 +14,12 @@ from mergekit.plan import MergePlanner
 
 from mergekit_tspa.adapters import AttentionGeometry, Checkpoint
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.graph.reference import AdapterReference
+from mergekit_tspa.graph.method import dense_message
+from mergekit_tspa.graph.reference import AdapterReference, LoraLoader
 from mergekit_tspa.graph.tasks import ApplyUpdate, Chunk, LoadSide, MergeChunk, SideSource, TakeUpdate
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.attention import PairPlan, plan_pairs
-from mergekit_tspa.methods.base import WeightPlan, plan_weight
+from mergekit_tspa.methods.base import WeightPlan, check_ranks, plan_weight
 
 LOG = logging.getLogger(__name__)
 
@@ -60,7 +62,10 @@ def replace_tasks(planner: MergePlanner) -> None:
                 plans[plan.name] = plan
             elif sources:
                 LOG.warning("%s: all weights are zero, so the base stays as it is", weight.name)
+        else:
+            _refuse_dense(method, weight.name, task)
     _check_touched(touched)
+    check_ranks(method, [*plans.values()])
     loads = {name: base.model_copy(update={"dtype": None}) for name, base in bases.items()}
     pairs = []
     if method.attention:
@@ -91,19 +96,47 @@ def replace_tasks(planner: MergePlanner) -> None:
 def _inputs(task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]]) -> tuple[LoadTensor, list[tuple]]:
     """The base's load task and `(adapter, module, weight)` of each adapter that changes this tensor."""
     gather = task.gather_tensors
-    base = gather.arguments()[f"{task.base_model}:{gather.weight_info[task.base_model].name}"]
+    infos = dict(gather.weight_info.items())
+    # Of the weights after the last layer mergekit lists as many as the first slice has inputs; the name is one.
+    shared = next(iter(infos.values()))
+    info = infos.get(task.base_model, shared)
+    base = LoadTensor(
+        model=task.base_model,
+        tensor=info.name,
+        dtype=info.force_dtype or gather.dtype,
+        device=gather.device,
+        optional=info.optional,
+        aliases=info.aliases,
+        tied_names=info.tied_names,
+    )
     sources = []
     for reference in task.model_order:
         if not isinstance(reference, AdapterReference):
             continue
         loader = LoaderCache().get(reference)
         done = touched.setdefault(reference, set())
-        info = gather.weight_info[reference]
-        tensor = next((name for name in (info.name, *(info.aliases or ())) if name in loader.modules), None)
-        if tensor is not None:
-            done.add(tensor)
-            sources.append((loader.adapter, loader.modules[tensor], task.input_parameters[reference]["weight"]))
+        tensor = _adapted(loader, infos.get(reference, shared))
+        if tensor is None:
+            continue
+        if reference not in infos:
+            raise InputError(
+                f"{reference.lora}: it adapts {tensor}, but mergekit does not weigh the inputs of the last slice for "
+                "tensors outside the layers; give all slices the same inputs, some with weight 0"
+            )
+        done.add(tensor)
+        sources.append((loader.adapter, loader.modules[tensor], task.input_parameters[reference]["weight"]))
     return base, sources
+
+
+def _adapted(loader: LoraLoader, info: WeightInfo) -> str | None:
+    return next((name for name in (info.name, *(info.aliases or ())) if name in loader.modules), None)
+
+
+def _refuse_dense(method: Method, name: str, task: ExecuteMergeMethodTask) -> None:
+    """A tensor whose vocabulary mergekit aligns reaches the method dense."""
+    for reference in task.model_order:
+        if isinstance(reference, AdapterReference) and name in LoaderCache().get(reference).modules:
+            raise InputError(dense_message(method, name, str(reference.lora)))
 
 
 def _check_touched(touched: dict[ModelReference, set[str]]) -> None:

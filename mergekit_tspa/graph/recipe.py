@@ -3,7 +3,8 @@
 import os
 from collections.abc import Iterator
 
-from mergekit.common import ModelReference
+from mergekit import common
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
     ConditionalParameter,
     InputModelDefinition,
@@ -30,15 +31,16 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
             an unknown parameter or a value out of range.
     """
     method = METHODS[config.merge_method]
+    _check_options(config, options)
     _check_parameters(config, method)
     _complete_base(config)
     for group in _groups(config):
         _check_sources(group, config.base_model)
-    for output_slice in _slices(config):
-        _append_base(output_slice, config.base_model)
     for group in _groups(config):
         for source in group:
-            source.model = _as_adapter(source.model)
+            source.model = _reference(source.model, config.base_model)
+    for output_slice in _slices(config):
+        _append_base(output_slice, config.base_model)
     quantised = getattr(config.base_model.config(options.trust_remote_code), "quantization_config", None)
     if quantised is not None:
         raise InputError(
@@ -46,12 +48,25 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
         )
 
 
-def _as_adapter(reference: ModelReference) -> ModelReference:
+def _check_options(config: MergeConfiguration, options: MergeOptions) -> None:
+    """What mergekit itself would find out only after the solving."""
+    for key in ("dtype", "out_dtype"):
+        try:
+            common.dtype_from_name(getattr(config, key))
+        except RuntimeError as error:
+            raise InputError(f"{key}: {getattr(config, key)!r} is no dtype that mergekit knows") from error
+    if options.multi_gpu:
+        try:
+            common.get_torch_accelerator_count()
+        except AttributeError as error:
+            raise InputError("--multi-gpu: this machine has no accelerator; leave the option out") from error
+
+
+def _reference(reference: ModelReference, base: ModelReference) -> ModelReference:
+    """The base as `base_model` spells it, or an adapter on it."""
     if reference.lora is None:
-        return reference
-    return AdapterReference(
-        model=reference.model, lora=reference.lora, override_architecture=reference.override_architecture
-    )
+        return base
+    return AdapterReference(model=base.model, lora=reference.lora, override_architecture=base.override_architecture)
 
 
 def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
@@ -75,7 +90,7 @@ def _complete_base(config: MergeConfiguration) -> None:
     adapters = [source.model for group in _groups(config) for source in group if source.model.lora]
     if not adapters:
         raise InputError(f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`")
-    bases = list(dict.fromkeys(str(reference.model) for reference in adapters))
+    bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
     if config.base_model is None:
         if len(bases) > 1:
             raise InputError(f"the adapters have different bases ({', '.join(bases)}); name one as base_model")
@@ -93,22 +108,28 @@ def _check_sources(group: list[Source], base: ModelReference) -> None:
     seen = set()
     for source in group:
         reference = source.model
+        same_base = _identity(reference.model) == _identity(base.model)
         if reference.lora is None:
-            if reference.model != base.model:
+            if not same_base:
                 raise InputError(
                     f"{reference}: a full model among adapters is not supported; write `{base}+adapter`, or extract "
                     "an adapter from it first (mergekit-extract-lora)"
                 )
             continue
-        if reference.model != base.model:
+        if not same_base:
             raise InputError(
                 f"{reference}: written on base {reference.model}, but this merge is based on {base}; "
                 "adapters of different bases cannot be merged"
             )
-        key = (os.path.normpath(reference.lora.path), reference.lora.revision)
+        key = _identity(reference.lora)
         if key in seen:
             raise InputError(f"{reference.lora}: listed twice; list it once with the summed weight")
         seen.add(key)
+
+
+def _identity(path: ModelPath) -> tuple[str, str | None]:
+    """Equal for two spellings of one directory."""
+    return (os.path.realpath(path.path) if os.path.exists(path.path) else path.path), path.revision
 
 
 def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> None:

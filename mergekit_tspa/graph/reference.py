@@ -3,6 +3,7 @@
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_tspa.adapters import Adapter, Checkpoint, locate_adapter, read_adapter
 
@@ -19,8 +20,12 @@ class AdapterReference(ModelReference, frozen=True):
     def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
         """Read the adapter whole (it is small) and check it against the base's headers."""
         directory = locate_adapter(self.lora.path, self.lora.revision, cache_dir)
-        adapter = read_adapter(directory, str(self.lora))
-        return LoraLoader(self.tensor_index(cache_dir), lazy_unpickle, adapter, str(self.model))
+        index = self.tensor_index(cache_dir)
+        config = self.config(LoaderCache().trust_remote_code).to_dict()
+        fitted = read_adapter(directory, str(self.lora)).fit(
+            Checkpoint(index.base_path).shapes(), str(self.model), config
+        )
+        return LoraLoader(index, lazy_unpickle, *fitted)
 
 
 class LoraLoader(LazyTensorLoader):
@@ -29,10 +34,9 @@ class LoraLoader(LazyTensorLoader):
     adapter: Adapter
     modules: dict[str, str]  # base tensor -> adapter module
 
-    def __init__(self, index: ShardedTensorIndex, lazy_unpickle: bool, adapter: Adapter, base: str):
+    def __init__(self, index: ShardedTensorIndex, lazy_unpickle: bool, adapter: Adapter, modules: dict[str, str]):
         super().__init__(index, lazy_unpickle)
-        self.adapter = adapter
-        self.modules = adapter.match(Checkpoint(index.base_path).shapes(), base)
+        self.adapter, self.modules = adapter, modules
 
     def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
         """`W + B A` in W's dtype.  Only stock tasks that need a dense tensor come here."""

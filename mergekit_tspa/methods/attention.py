@@ -106,7 +106,10 @@ def plan_pairs(
         else:
             geometry = geometry._replace(fused=None)
         for x, y, leading in (("q", "k", "q"), ("o", "v", "v")):
-            if x in roles and y in roles and (roles[x] in planned or roles[y] in planned):
+            adapted = [roles[role] for role in (x, y) if roles.get(role) in planned]
+            if adapted and not (x in roles and y in roles):
+                raise InputError(_unknown(adapted[0]))
+            if adapted:
                 owner = planned.get(roles[leading]) or planned[roles[y if leading == x else x]]
                 yield _plan_pair(f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, shapes, geometry)
 

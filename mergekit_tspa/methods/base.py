@@ -20,7 +20,7 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
     """Parameters that every method has; a method's own are fields of its subclass, in the order of the paper."""
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
-    rank: int | None = Field(None, ge=1, description="reduce the merged update to this rank, by SVD")
+    rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
 
 
 class WeightInputs(NamedTuple):
@@ -136,7 +136,7 @@ def plan_weight(
     """Keep the adapters of non-zero weight; None when there is none.
 
     Raises:
-        InputError: a weight is not finite, or below what the method is defined for; a rank above the result's.
+        InputError: a weight is not finite, or below what the method is defined for.
     """
     for adapter, _, weight in sources:
         if not isfinite(weight) or weight < method.min_weight:
@@ -147,11 +147,18 @@ def plan_weight(
     kept = [(adapter, module, weight) for adapter, module, weight in sources if weight]
     if not kept:
         return None
-    ranks = [adapter.modules[module].A.shape[0] for adapter, module, _ in kept]
-    carried = sum(ranks) if method.output == "sum of ranks" else max(ranks)
-    if (parameters.rank or 0) > carried:
-        raise InputError(f"rank {parameters.rank} for {name}: its merged factors carry rank {carried} only")
     return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters)
+
+
+def check_ranks(method: Method, plans: Sequence[WeightPlan]) -> None:
+    """Refuse a `rank` that no weight's merged factors carry; those that carry less stay as they are."""
+    asked = [plan for plan in plans if plan.parameters.rank is not None]
+    ranks = [[adapter.modules[module].A.shape[0] for adapter, module in plan.sources] for plan in asked]
+    carried = max((sum(r) if method.output == "sum of ranks" else max(r) for r in ranks), default=0)
+    if asked and min(plan.parameters.rank for plan in asked) > carried:
+        raise InputError(
+            f"rank {asked[0].parameters.rank}: the merged factors carry rank {carried} at most; leave it out"
+        )
 
 
 def merge_weights(
@@ -177,7 +184,7 @@ def merge_weights(
         if not all(torch.isfinite(t).all() for t in update):
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
-        if plan.parameters.rank is not None:
+        if (plan.parameters.rank or update.rank) < update.rank:
             merged.updates[i] = update.truncated(plan.parameters.rank)
     return merged
 

@@ -17,13 +17,15 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.attention import Pair, align_pairs
 from mergekit_tspa.methods.base import Merged, Method, Parameters, Progress, Report, WeightInputs
 from mergekit_tspa.methods.update import LowRank
+from mergekit_tspa.rules.linear import weighted_sum
+from mergekit_tspa.spaces.factor import encode
 
 _STEPS = {"ge": 0, "le": 1_000_000}
 _RATE = {"gt": 0, "le": 1, "allow_inf_nan": False}
 
 
 class SolverParameters(Parameters):
-    seed: int = Field(42, ge=0, description="seed of the small random start that identical adapters need")
+    seed: int = Field(42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need")
     tolerance: float = Field(
         0.0, ge=0, lt=1, description="stop when 20 steps lower the objective by less than this fraction; 0: never"
     )
@@ -57,11 +59,6 @@ class TspaParameters(AttentionParameters, LoraParameters):
     )
 
 
-def stack(factors: Sequence[LoraFactors], rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of one weight as `B (n, d_out, r)` and `A (n, r, d_in)`, padded to `rank`."""
-    return tuple(torch.stack(sides) for sides in zip(*(f.padded(rank) for f in factors)))
-
-
 def sum_aligned(
     B: Tensor,  # (n, d_out, r)
     A: Tensor,  # (n, r, d_in)
@@ -70,18 +67,16 @@ def sum_aligned(
     s: Tensor,  # (n,)
 ) -> LoraFactors:
     """`B' = sum_t a_t s_t B_t R_t`, `A' = sum_t (a_t / s_t) R_t^T A_t` (Eq. 8)."""
-    return LoraFactors(
-        torch.einsum("n,nor,nrk->ok", weights * s, B, R), torch.einsum("n,nrk,nri->ki", weights / s, R, A)
-    )
+    return LoraFactors(weighted_sum(B @ R, weights * s), weighted_sum(R.mT @ A, weights / s))
 
 
 def sum_factors(inputs: Sequence[WeightInputs]) -> list[LowRank]:
     """The plain factor sum, `R = I` and `s = 1`."""
     updates = []
     for w in inputs:
-        B, A = stack(w.factors, max(f.rank for f in w.factors))
+        B, A = encode(w.factors)
         a = B.new_tensor(w.weights)
-        update = sum_aligned(B, A, a, torch.eye(B.shape[2]).to(B).expand(len(a), -1, -1), torch.ones_like(a))
+        update = LoraFactors(weighted_sum(B, a), weighted_sum(A, a))
         updates.append(LowRank(*update.scaled(w.parameters.lambda_)))
     return updates
 
@@ -98,15 +93,15 @@ def align_weights(
     batches: dict[tuple, list[int]] = {}
     for i, w in enumerate(inputs):
         batches.setdefault((len(w.factors), max(f.rank for f in w.factors), repr(w.parameters)), []).append(i)
-    for (_, rank, _), batch in batches.items():
+    for batch in batches.values():
         p = inputs[batch[0]].parameters
-        stacked = [stack(inputs[i].factors, rank) for i in batch]
+        stacked = [encode(inputs[i].factors) for i in batch]
         G_B = torch.stack([_inner(B, B) for B, _ in stacked])
         G_A = torch.stack([_inner(A.mT, A.mT) for _, A in stacked])
         weights = G_B.new_tensor([inputs[i].weights for i in batch])  # (M, n)
         other = {}
         if getattr(p, "lora_target", "aligned") == "original":
-            goals = [stack(originals[i].factors, rank) for i in batch]
+            goals = [encode(originals[i].factors) for i in batch]
             other["T_B"] = torch.stack([_inner(T, B) for (T, _), (B, _) in zip(goals, stacked)])
             other["T_A"] = torch.stack([_inner(T.mT, A.mT) for (_, T), (_, A) in zip(goals, stacked)])
             other["target_norm2"] = torch.stack([(_inner(B, B) * _inner(A.mT, A.mT)).sum() for B, A in goals])

@@ -5,19 +5,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from mergekit_tspa.adapters import LoraFactors
 
-class LowRank(NamedTuple):
+
+class LowRank(LoraFactors):
     """`dW = B @ A`."""
-
-    B: Tensor  # (d_out, r)
-    A: Tensor  # (r, d_in)
-
-    @property
-    def rank(self) -> int:
-        return self.B.shape[1]
-
-    def dense(self) -> Tensor:
-        return self.B @ self.A
 
     def truncated(self, rank: int) -> "LowRank":
         """The closest update of a lower rank, `B = U_k sqrt(S_k)`, `A = sqrt(S_k) V_k^T`, by an SVD of the QR core."""

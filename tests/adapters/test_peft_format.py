@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergekit_tspa import InputError, read_adapter
+from mergekit_tspa.adapters import Adapter, Checkpoint
 from mergekit_tspa.adapters.names import match_modules, strip_prefixes
 from tests.conftest import base_tensors, peft_merged, relative_error, save_adapter
 
@@ -28,7 +30,7 @@ def check_against_peft(base, adapter):
     """`W + B A` of every touched tensor equals PEFT's merge, and every other tensor is untouched."""
     before, after = base_tensors(base), peft_merged(base, adapter)
     read = read_adapter(adapter)
-    tensors = read.match({k: v.shape for k, v in before.items() if k != "lm_head.weight"}, "base")
+    read, tensors = read.fit({k: v.shape for k, v in before.items() if k != "lm_head.weight"}, "base")
     assert tensors
     for name, W in before.items():
         if name in tensors:
@@ -47,6 +49,38 @@ def test_equals_peft(flavour, llama, tmp_path):
 def test_conv1d_is_read_transposed(gpt2, tmp_path):
     adapter = save_adapter(gpt2, tmp_path / "a", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     check_against_peft(gpt2, adapter)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("targets", [r".*attn\.c_proj", r".*attn\.c_(proj|attn)|lm_head"])
+def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
+    """PEFT sets the flag per layer when it loads; what it saved belongs to the last layer it looked at."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    adapter = save_adapter(tmp_path / "gpt2", tmp_path / "a", target_modules=targets, save_embedding_layers=False)
+    edit_config(adapter, fan_in_fan_out=flag)
+    before, after = base_tensors(tmp_path / "gpt2"), peft_merged(tmp_path / "gpt2", adapter)
+    shapes = {name: tensor.shape for name, tensor in before.items()}
+    read, tensors = read_adapter(adapter).fit(shapes, "base", config.to_dict())
+    assert len(tensors) == (2 if "lm_head" not in targets else 5)
+    for name, module in tensors.items():
+        assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
+
+
+def test_heads_that_are_tied_are_refused():
+    adapter = Adapter.from_factors("a", {"lm_head": (torch.ones(9, 2), torch.ones(2, 4))})
+    assert adapter.fit({"lm_head.weight": (9, 4)}, "b", {"tie_word_embeddings": False})
+    with pytest.raises(InputError, match="ties to its embedding"):
+        adapter.fit({"lm_head.weight": (9, 4)}, "b", {"tie_word_embeddings": True})
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_checkpoints_of_any_age(zipped, tmp_path):
+    tensors = {"x.weight": torch.randn(3, 2)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.shapes() == {"x.weight": (3, 2)} and torch.equal(checkpoint["x.weight"], tensors["x.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -91,7 +125,7 @@ def test_bin_files_run_no_code(llama, tmp_path):
 )
 def test_key_prefixes(old, new, llama, tmp_path):
     adapter = save_adapter(llama, tmp_path / "a")
-    plain = read_adapter(adapter).match({k: v.shape for k, v in base_tensors(llama).items()}, "base")
+    plain = read_adapter(adapter).fit({k: v.shape for k, v in base_tensors(llama).items()}, "base")[1]
     file = adapter / "adapter_model.safetensors"
     renamed = {k.replace(old, new): v for k, v in load_file(file).items()}
     if "lora_A" in old:
@@ -99,7 +133,8 @@ def test_key_prefixes(old, new, llama, tmp_path):
     assert not renamed.keys() & load_file(file).keys() or "lora_A" in old
     save_file(renamed, file)
     assert (
-        read_adapter(adapter).match({k: v.shape for k, v in base_tensors(llama).items()}, "base").keys() == plain.keys()
+        read_adapter(adapter).fit({k: v.shape for k, v in base_tensors(llama).items()}, "base")[1].keys()
+        == plain.keys()
     )
 
 
@@ -108,6 +143,9 @@ def test_names():
     tensors = ["language_model.model.layers.0.q.weight", "vision.layers.0.q.weight", "lm_head.weight"]
     found = match_modules(["model.language_model.model.layers.0.q"], tensors, "a", "b")
     assert found == {"model.language_model.model.layers.0.q": tensors[0]}
+    wrapped = ["language_model.model.layers.0.q.weight", "vision_tower.encoder.layers.0.q.weight"]
+    found = match_modules(["model.language_model.layers.0.q"], wrapped, "a", "b")
+    assert found == {"model.language_model.layers.0.q": wrapped[0]}
     with pytest.raises(InputError, match="match no tensor"):  # two candidates: never guess
         match_modules(["layers.0.q"], tensors, "a", "b")
     with pytest.raises(InputError, match="nearest name there"):
@@ -214,4 +252,4 @@ def test_shape_of_another_base(adapters):
     adapter = read_adapter(adapters[0])
     shapes = {f"{module}.weight": (63, 64) for module in adapter.modules}
     with pytest.raises(InputError, match=r"shape \(64, 64\).*has \(63, 64\)"):
-        adapter.match(shapes, "other")
+        adapter.fit(shapes, "other")

@@ -97,6 +97,24 @@ def test_slices_get_the_base_and_the_right_layers(llama, adapters, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == 3
 
 
+def test_slices_of_different_inputs(llama, adapters, tmp_path):
+    """The last slice has more inputs than the first one, and the base is spelled in another way."""
+    ref = recipe("x", llama, adapters)["models"]
+    source = lambda i, layers: {"model": ref[i]["model"], "layer_range": layers}  # noqa: E731
+    other = {"model": f"{llama}/../{llama.name}/", "layer_range": [1, 2]}
+    config = {
+        "merge_method": "lora_task_arithmetic",
+        "base_model": str(llama),
+        "slices": [
+            {"sources": [source(0, [0, 1])]},
+            {"sources": [source(0, [1, 2]), source(2, [1, 2]), other]},
+        ],
+    }
+    got = merged_tensors(config, tmp_path / "out")
+    one, both = (weighted_target(llama, [adapters[i] for i in used], [1, 1]) for used in ((0,), (0, 2)))
+    check(got, {name: (both if "layers.1." in name else one)[name] for name in got})
+
+
 def test_bfloat16_base_is_rounded_once(llama, adapters, tmp_path):
     base = save_llama(tmp_path / "bf16", dtype=torch.bfloat16)
     adapter = save_adapter(base, tmp_path / "a")
@@ -170,6 +188,14 @@ def first(tensors, edit):
     return tensors | {name: edit(tensors[name])}
 
 
+def save_tokenizer(path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+
+
 def bad_recipes(llama, adapters, folder):
     """`{what is wrong: (recipe, what the message must say)}`."""
     one, two, _ = adapters
@@ -184,6 +210,12 @@ def bad_recipes(llama, adapters, folder):
     below["models"][0]["parameters"] = {"wieght": 1}
     misplaced = recipe("tspa_lora", llama, [one, two])
     misplaced["models"][0]["parameters"] = {"lora_steps": 3}
+    dotted = good()
+    dotted["models"].append({"model": {"model": {"path": str(llama)}, "lora": {"path": f"{one}/."}}})
+    open_base = save_llama(folder / "untied", tie_word_embeddings=False)
+    head = save_adapter(open_base, folder / "head", target_modules=["lm_head"], save_embedding_layers=False)
+    aligned = recipe("lora_task_arithmetic", open_base, [head], tokenizer={"source": "base"})
+    save_tokenizer(open_base)
     nan = change(folder, one, lambda t: first(t, lambda x: x * float("nan")))
     return {
         "missing adapter": (recipe("lora_task_arithmetic", llama, [folder / "no"]), "no such adapter directory"),
@@ -191,6 +223,9 @@ def bad_recipes(llama, adapters, folder):
         "other shapes": (recipe("lora_task_arithmetic", other, [one]), r"shape \(64, 64\).*\(32, 32\)"),
         "NaN": (recipe("lora_task_arithmetic", llama, [nan, two]), "NaN or Inf"),
         "twice": (twice, "listed twice"),
+        "twice, spelled differently": (dotted, "listed twice"),
+        "dense head": (aligned, "lm_head.weight.*dense tensor"),
+        "dtype": (good(out_dtype="bf16"), "out_dtype: 'bf16'"),
         "different bases": (bases, "adapters of different bases"),
         "no common base": (unnamed, "name one as base_model"),
         "full model": (full, "a full model among adapters"),

@@ -149,6 +149,13 @@ def test_several_devices(llama, three, tmp_path, monkeypatch):
     assert used == {torch.device("cpu:0"), torch.device("cpu:1")}
 
 
+def test_several_devices_need_an_accelerator(llama, three, tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    result = merge(recipe("tspa", llama, three), tmp_path / "out", "--multi-gpu")
+    assert result.exit_code == 1 and "no accelerator" in result.output
+
+
 def test_a_solver_that_fails_leaves_no_files(llama, tmp_path):
     adapter = save_adapter(llama, tmp_path / "a", lora_alpha=1e38, target_modules=["q_proj"])
     result = merge(recipe("tspa", llama, [adapter, save_adapter(llama, tmp_path / "b", seed=5)]), tmp_path / "out")

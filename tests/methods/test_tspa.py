@@ -1,6 +1,7 @@
 """TSPA through the Python entry: checkpoints of several architectures against the definition, evaluated densely."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -224,6 +225,32 @@ def test_rank(llama, three):
         assert abs(lost - S[3:].norm()) < 1e-4 * S[0]
 
 
+def test_rank_leaves_smaller_updates_alone():
+    draw = lambda r: (torch.randn(12, r), torch.randn(r, 10))  # noqa: E731
+    updates = merge_adapters("lora_task_arithmetic", [{"x": draw(8), "y": draw(4)}, {"x": draw(2)}], rank=6)
+    assert {name: update.rank for name, update in updates.items()} == {"x": 6, "y": 4}
+
+
+def test_configuration_is_completed_with_its_model_types_defaults(llama, three, tmp_path):
+    """Early Llama checkpoints do not name their rotary embedding; `rope_safe` must not go by its absence."""
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare)
+    config = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps({k: v for k, v in config.items() if "rope" not in k}))
+    ends = [
+        merge_adapters("tspa_attention", three, base=base, rope_safe=True, attention_steps=20).reports[0].end
+        for base in (llama, bare)
+    ]
+    assert torch.equal(*ends)
+
+
+def test_without_a_default_device_and_without_gradients():
+    factors = {"m": (torch.randn(6, 2, requires_grad=True), torch.randn(2, 5))}
+    with torch.device("meta"):
+        updates = merge_adapters("tspa_lora", [factors, factors], lora_steps=3)
+    assert updates["m"].B.device.type == "cpu" and not updates["m"].B.requires_grad
+
+
 def test_refusals(llama, three, tmp_path):
     q = {"model.layers.0.self_attn.q_proj": (torch.randn(64, 2), torch.randn(2, 64))}
     tensors = dict(Checkpoint(llama))
@@ -248,9 +275,16 @@ def test_refusals(llama, three, tmp_path):
         ("layout is not known.*q_proj.*attention_steps: 0", "tspa", [mla],
          {"base": unknown, "geometry": AttentionGeometry(4, 2, 16)}),
         ("interleaved", "tspa", three, {"base": odd(model_type="cohere"), "rope_safe": True}),
+        ("layout is not known", "tspa", [{"model.layers.0.self_attn.q_proj": (torch.randn(64, 2), torch.randn(2, 64))}],
+         {"base": {k: v for k, v in tensors.items() if "k_proj" not in k}, "geometry": AttentionGeometry(4, 2, 16)}),
+        ("put the one adapter in a list", "tspa_lora", str(three[0]), {}),
+        ("weights must be numbers", "tspa_lora", three, {"weights": ["x", 1, 1]}),
+        (r"shapes \(4, 2\) and \(3, 5\)", "tspa_lora", [{"x": (torch.ones(4, 2), torch.ones(3, 5))}], {}),
+        ("NaN", "tspa_lora", [{"x": (torch.ones(4, 2) / 0, torch.ones(2, 5))}], {}),
+        ("seed: 18446744073709551616", "tspa_lora", three, {"seed": 2**64}),
         ("not finite", "tspa_lora", [huge, huge], {}),
         ("self_attn.* not finite", "tspa", [huge, huge], {"base": tensors, "geometry": AttentionGeometry(4, 2, 16)}),
-        ("rank 9.*carry rank 4 only", "tspa_lora", three, {"rank": 9}),
+        ("rank 9.*carry rank 4 at most", "tspa_lora", three, {"rank": 9}),
         ("attention_steps: -1", "tspa", three, {"attention_steps": -1}),
         ("attention_lr: 0", "tspa", three, {"attention_lr": 0}),
         ("align_space", "tspa", three, {"align_space": "sideways"}),

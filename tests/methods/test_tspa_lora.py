@@ -6,7 +6,8 @@ from mergekit_tspa import LoraFactors, merge_adapters
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.base import WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear
-from mergekit_tspa.methods.tspa import stack, sum_aligned
+from mergekit_tspa.methods.tspa import sum_aligned
+from mergekit_tspa.spaces.factor import encode
 from tests.conftest import relative_error
 from tests.methods.test_closed_forms import random_factors
 
@@ -47,7 +48,7 @@ def test_no_steps_is_the_factor_sum():
 
 def test_rotations_undo_an_orthogonal_gauge():
     """`(B Q, Q^T A)` with rotation `Q^T R` is `(B, A)` with rotation `R`: both gauges have the same optimum."""
-    B, A = stack(random_factors([3, 3]), 3)
+    B, A = encode(random_factors([3, 3]))
     Q, R = (torch.linalg.qr(torch.randn(2, 3, 3, dtype=torch.float64)).Q for _ in range(2))
     a, s = B.new_tensor([1.0, 0.5]), B.new_tensor([1.1, 0.9])
     torch.testing.assert_close(sum_aligned(B @ Q, Q.mT @ A, a, Q.mT @ R, s), sum_aligned(B, A, a, R, s))

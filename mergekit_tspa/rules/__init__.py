@@ -1,0 +1,1 @@
+"""What to do with n matrices in one coordinate system."""

@@ -1,0 +1,1 @@
+"""Coordinates in which the updates of several adapters can be compared."""
