@@ -13,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 from pathlib import Path
 
@@ -24,16 +23,24 @@ MiB = 2**20
 METHODS = ("lora_task_arithmetic", "factor_linear", "tspa_lora")
 
 
+# A forked process starts with its parent's resident size as its peak, so a small one starts the command.
+_LAUNCH = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - start, usage.ru_maxrss / 1024)
+sys.exit(bool(status))
+"""
+
+
 def measure(*command: str) -> tuple[float, float]:
     """Wall seconds and peak resident MiB of one process."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    launched = subprocess.run([sys.executable, "-c", _LAUNCH, *command], capture_output=True, text=True)
+    if launched.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{launched.stderr}")
+    seconds, peak = map(float, launched.stdout.split())
+    return seconds, peak
 
 
 def entry_point_cost(runs: int = 9) -> float:

@@ -172,7 +172,7 @@ def _gradient(D: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _amsgrad(point: Tensor, log_s: Tensor, lr: float) -> Step:
-    """A function that takes one step: geoopt's RiemannianAdam(amsgrad=True) on EuclideanStiefel.
+    """A function that takes one step of Riemannian AMSGrad, as geoopt's RiemannianAdam(amsgrad=True) does.
 
     One second moment per matrix, QR retraction, momentum projected at the new point; for log s one per
     scalar.

@@ -141,9 +141,8 @@ def test_several_devices(llama, three, tmp_path, monkeypatch):
     used = set()
     from mergekit_tspa.graph import tasks
 
-    monkeypatch.setattr(
-        tasks, "_device", lambda device: used.add(torch.get_default_device()) or torch.get_default_device()
-    )
+    device_of = tasks._device
+    monkeypatch.setattr(tasks, "_device", lambda device: used.add(device_of(device)) or device_of(device))
     got = merged_tensors(recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out", "--multi-gpu")
     check(got, expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
     assert used == {torch.device("cpu:0"), torch.device("cpu:1")}
