@@ -40,8 +40,11 @@ def methods():
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "what it does", "rank of the result", "parameters besides weight", "paper")
+    table = Table(show_lines=True)
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does, rank of the result, paper")
+    table.add_column("parameters beside weight", no_wrap=True)
     for method in mergekit_tspa.METHODS.values():
-        parameters = ", ".join(f"{name} = {f.default}" for name, f in method.parameter_fields().items())
-        table.add_row(method.name, method.summary, method.output, parameters, method.paper)
+        parameters = "\n".join(f"{name} = {field.default}" for name, field in method.parameter_fields().items())
+        table.add_row(method.name, f"{method.summary}\n{method.output}\n[dim]{method.paper}[/]", parameters)
     Console().print(table)
