@@ -4,17 +4,14 @@ BIN := .venv/bin
 MODEL := build/models/SmolLM2-135M-Instruct
 MERGED := build/demo/tspa_lora
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test lint clean
 
 demo: $(MERGED)/mergekit_config.yml
 	$(BIN)/python examples/answers.py $(MODEL) $(MERGED)
 
 test: .venv/ready $(MODEL)/config.json
 	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
-	$(BIN)/python -m pytest -m "not slow"
-
-test-slow: .venv/ready $(MODEL)/config.json
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
