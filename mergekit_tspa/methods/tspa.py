@@ -119,7 +119,11 @@ def align_weights(
                 on_progress=lambda done: progress("LoRA alignment", done),
             )
         except FloatingPointError as error:
-            raise InputError(f"{names[error.args[1]]}: the loss of LoRA alignment is not finite") from error
+            culprit = inputs[batch[error.args[1]]]
+            raise InputError(
+                f"{culprit.name}: the loss of LoRA alignment is not finite; "
+                f"adapters {', '.join(adapter.name for adapter in culprit.adapters)}"
+            ) from error
         reports.append(Report.of("LoRA alignment", names, solution))
         for i, (B, A), a, R_i, s_i in zip(batch, stacked, weights, R, s):
             merged[i] = LowRank(*sum_aligned(B, A, a, R_i, s_i).scaled(inputs[i].parameters.lambda_))

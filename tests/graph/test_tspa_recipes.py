@@ -124,6 +124,17 @@ def test_slices_and_gradients(llama, three, tmp_path):
         assert relative_error(tensor, want) < 1e-5, name
 
 
+@pytest.mark.parametrize("inner", ["models", "slices"])
+def test_modules(inner, llama, three, tmp_path):
+    """`modules:` with its own list of models, or of slices that lack the base."""
+    config = recipe("tspa", llama, three, parameters=STEPS)
+    models = config.pop("models")
+    if inner == "slices":
+        models = [{"sources": [model | {"layer_range": [0, 2]} for model in models]}]
+    config["modules"] = {"default": {inner: models}}
+    check(merged_tensors(config, tmp_path / "out"), expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
+
+
 def test_several_devices(llama, three, tmp_path, monkeypatch):
     """mergekit's multi-GPU executor with two CPU devices and real threads; islands stay independent."""
     from mergekit import common, multigpu_executor
