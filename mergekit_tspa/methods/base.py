@@ -1,6 +1,7 @@
 """A method: a name, its parameters, and one function from the adapters' factors to merged updates."""
 
 import difflib
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -31,6 +32,11 @@ class WeightInputs(NamedTuple):
     weights: Sequence[float]  # a_t, never 0
     parameters: Parameters
     adapters: Sequence[Adapter] = ()  # whose factors they are
+
+    def generator(self, seed: int, *names: str) -> torch.Generator:
+        """A source of randomness that depends on the seed and on names only, not on the order of execution."""
+        digest = hashlib.sha256("\0".join((str(seed), self.name, *names)).encode()).digest()
+        return torch.Generator(self.factors[0].B.device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class Report(NamedTuple):
@@ -189,10 +195,10 @@ def merge_weights(
     return merged
 
 
-def one_by_one(rule: Callable[[Sequence[LoraFactors], Sequence[float]], LoraFactors]):
+def one_by_one(rule: Callable[[WeightInputs], LoraFactors]):
     """`Method.merge` of a closed formula that looks at one weight at a time."""
 
     def merge(inputs: Sequence[WeightInputs], pairs: Sequence, progress: Progress) -> Merged:
-        return Merged([LowRank(*rule(w.factors, w.weights).scaled(w.parameters.lambda_)) for w in inputs], [])
+        return Merged([LowRank(*rule(w).scaled(w.parameters.lambda_)) for w in inputs], [])
 
     return merge

@@ -26,5 +26,5 @@ factor_linear_method = Method(
     paper="PEFT",
     url="https://huggingface.co/docs/peft/developer_guides/model_merging",
     output="largest rank",
-    merge=one_by_one(factor_linear),
+    merge=one_by_one(lambda w: factor_linear(w.factors, w.weights)),
 )

@@ -25,5 +25,5 @@ lora_task_arithmetic = Method(
     paper="Ilharco et al., 2022",
     url="https://arxiv.org/abs/2212.04089",
     output="sum of ranks",
-    merge=one_by_one(task_arithmetic),
+    merge=one_by_one(lambda w: task_arithmetic(w.factors, w.weights)),
 )
