@@ -11,7 +11,15 @@ from mergekit_tspa.adapters.geometry import in_attention
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS, MergedUpdate, Report
 from mergekit_tspa.methods.attention import Pair, PairPlan, load_side, plan_pairs
-from mergekit_tspa.methods.base import Method, Progress, WeightPlan, check_ranks, merge_weights, plan_weight
+from mergekit_tspa.methods.base import (
+    Method,
+    Progress,
+    WeightPlan,
+    check_plans,
+    merge_weights,
+    plan_weight,
+    survey_weights,
+)
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
@@ -90,12 +98,12 @@ def merge_adapters(
             raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
         if (plan := plan_weight(row, weight, sources, bound)) is not None:
             plans.append(plan)
-    check_ranks(row, plans)
+    check_plans(row, plans)
     pairs = [
         Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
         for pair in _plan_pairs(row, plans, base, shapes, geometry)
     ]
-    updates, reports = merge_weights(row, plans, pairs, device, progress)
+    updates, reports = merge_weights(row, plans, pairs, device, progress, survey_weights(row, plans, device))
     merged = MergedAdapters({plan.name.removesuffix(".weight"): update for plan, update in zip(plans, updates)})
     merged.reports = reports
     return merged

@@ -1,6 +1,7 @@
 """`mergekit-tspa`: mergekit's own commands with the plugin loaded for certain, and the method table."""
 
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -48,3 +49,15 @@ def methods():
         parameters = "\n".join(f"{name} = {field.default}" for name, field in method.parameter_fields().items())
         table.add_row(method.name, f"{method.summary}\n{method.output}\n[dim]{method.paper}[/]", parameters)
     Console().print(table)
+
+
+@main.command("emr-task")
+@click.argument("merged", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("task")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write; MERGED-TASK by default.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def emr_task(merged: Path, task: str, out: Path | None, quiet: bool):
+    """Rebuild the model of one TASK from MERGED, the output of an emr method."""
+    from mergekit_tspa.graph.emr_task import rebuild
+
+    rebuild(merged, task, out or merged.with_name(f"{merged.name}-{Path(task).name}"), quiet)

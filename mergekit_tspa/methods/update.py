@@ -36,6 +36,20 @@ class Dense(NamedTuple):
     def dense(self) -> Tensor:
         return self.dW
 
+    def scaled(self, factor: float) -> "Dense":
+        return self if factor == 1 else Dense(self.dW * factor)
+
+    def truncated(self, rank: int) -> LowRank:
+        """The closest update of a lower rank; for large weights by subspace iteration on a few more directions."""
+        M = self.dW
+        if min(M.shape) <= 1024:
+            return LowRank(M, torch.eye(M.shape[1]).to(M)).truncated(rank)
+        generator = torch.Generator(M.device).manual_seed(0)
+        Q = torch.randn(M.shape[1], rank + 16, generator=generator, device=M.device, dtype=M.dtype)
+        for _ in range(8):
+            Q = torch.linalg.qr(M.mT @ torch.linalg.qr(M @ Q).Q).Q
+        return LowRank(M @ Q, Q.mT).truncated(rank)
+
     def apply_to(self, W: Tensor) -> Tensor:
         """`W + dW`, computed and returned in the precision of the update."""
         return W.to(self.dW.dtype) + self.dW
