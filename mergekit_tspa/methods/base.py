@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from mergekit_tspa.adapters import Adapter, LoraFactors
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods.pico import at_mean_norm, pico
+from mergekit_tspa.methods.svc import svc
 from mergekit_tspa.methods.update import LowRank, MergedUpdate
 
 
@@ -22,6 +24,18 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
     rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
+
+
+class OneByOneParameters(Parameters):
+    """What may come before and after a closed formula that looks at one weight at a time."""
+
+    pico: bool = Field(False, description="before merging, damp the output directions that adapters share (Pico)")
+    svc: bool = Field(False, description="after merging, calibrate singular values that several adapters count (SVC)")
+
+    def own(self) -> dict[str, Any]:
+        """The method's own parameters, as its function takes them."""
+        shared = OneByOneParameters.model_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
 
 
 class WeightInputs(NamedTuple):
@@ -90,12 +104,13 @@ class Method:
     summary: str
     paper: str
     url: str
-    output: Literal["largest rank", "sum of ranks"]  # rank of the result
+    output: Literal["largest rank", "sum of ranks", "k + n c", "clusters"]  # rank of the result
     merge: Callable[[Sequence[WeightInputs], Sequence["Pair"], Progress], Merged]  # noqa: F821
     parameters: type[Parameters] = Parameters
     min_weight: float = float("-inf")  # smallest `weight` the method is defined for
     attention: bool = False  # looks at attention products, hence at the base's weights
     solves: bool = False  # iterates, so that it is done, and can fail, before anything is written
+    check: Callable[[Sequence["WeightPlan"]], None] = lambda plans: None  # refuses ranks that it cannot merge
 
     def bind(self, values: Mapping[str, Any]) -> Parameters:
         """Validated parameters; unknown names and values out of range are one sentence."""
@@ -128,6 +143,10 @@ class WeightPlan(NamedTuple):
     parameters: Parameters
 
     @property
+    def ranks(self) -> list[int]:
+        return [module.A.shape[0] for module in self._modules()]
+
+    @property
     def nbytes(self) -> int:
         """Size of its factors in float32."""
         return sum(4 * module.A.numel() + 4 * module.B.numel() for module in self._modules())
@@ -157,10 +176,14 @@ def plan_weight(
 
 
 def check_ranks(method: Method, plans: Sequence[WeightPlan]) -> None:
-    """Refuse a `rank` that no weight's merged factors carry; those that carry less stay as they are."""
+    """Refuse ranks that the method cannot merge, and a `rank` that no weight's merged factors carry.
+
+    Those that carry less stay as they are.
+    """
+    method.check(plans)
     asked = [plan for plan in plans if plan.parameters.rank is not None]
-    ranks = [[adapter.modules[module].A.shape[0] for adapter, module in plan.sources] for plan in asked]
-    carried = max((sum(r) if method.output == "sum of ranks" else max(r) for r in ranks), default=0)
+    bound = max if method.output == "largest rank" else sum  # of the ranks; nothing carries more than their sum
+    carried = max((bound(plan.ranks) for plan in asked), default=0)
     if asked and min(plan.parameters.rank for plan in asked) > carried:
         raise InputError(
             f"rank {asked[0].parameters.rank}: the merged factors carry rank {carried} at most; leave it out"
@@ -196,9 +219,19 @@ def merge_weights(
 
 
 def one_by_one(rule: Callable[[WeightInputs], LoraFactors]):
-    """`Method.merge` of a closed formula that looks at one weight at a time."""
+    """`Method.merge` of a closed formula that looks at one weight at a time, with `OneByOneParameters`."""
+
+    def merge_one(w: WeightInputs) -> LowRank:
+        p = w.parameters
+        weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
+        update = LowRank(*rule(w._replace(factors=pico(w.factors)) if p.pico else w))
+        if p.pico:
+            update = at_mean_norm(update, weighted)
+        if p.svc:
+            update = svc(update, weighted)
+        return update.scaled(p.lambda_)
 
     def merge(inputs: Sequence[WeightInputs], pairs: Sequence, progress: Progress) -> Merged:
-        return Merged([LowRank(*rule(w).scaled(w.parameters.lambda_)) for w in inputs], [])
+        return Merged([merge_one(w) for w in inputs], [])
 
     return merge

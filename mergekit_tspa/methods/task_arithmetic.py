@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.methods.base import Method, one_by_one
+from mergekit_tspa.methods.base import Method, OneByOneParameters, one_by_one
 
 
 def task_arithmetic(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
@@ -26,4 +26,5 @@ lora_task_arithmetic = Method(
     url="https://arxiv.org/abs/2212.04089",
     output="sum of ranks",
     merge=one_by_one(lambda w: task_arithmetic(w.factors, w.weights)),
+    parameters=OneByOneParameters,
 )
