@@ -2,10 +2,19 @@
 
 from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear_method
+from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
 from mergekit_tspa.methods.task_arithmetic import lora_task_arithmetic
 from mergekit_tspa.methods.tspa import TSPA_METHODS
 from mergekit_tspa.methods.update import Dense, LowRank, MergedUpdate
 
-METHODS: dict[str, Method] = {m.name: m for m in (*TSPA_METHODS, lora_task_arithmetic, factor_linear_method)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *TSPA_METHODS,
+        lora_task_arithmetic,
+        factor_linear_method,
+        *ROBUSTMERGE_METHODS,
+    )
+}
 
 __all__ = ["METHODS", "Dense", "LowRank", "MergedUpdate", "Method", "Parameters", "Report", "WeightInputs"]

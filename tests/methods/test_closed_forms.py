@@ -16,13 +16,13 @@ from tests.conftest import FIXTURES, relative_error
 
 
 def published(name: str):
-    """Inputs and outputs of a reference file: `{layer: [factors]}`, `{layer: delta}`, and the passed options."""
+    """Inputs and outputs of a reference file: `{layer: [factors]}`, `{layer: delta}`, and the weights."""
     case = name.split(".")[-1]
     inputs = load_file(FIXTURES / f"inputs.{case}.safetensors")
     file = FIXTURES / f"{name}.safetensors"
     with safe_open(file, "pt") as opened:
         config = json.loads(opened.metadata()["config"])
-    scales = config["scaling"]
+    scales = config.get("scaling", 1.0)
     factors = {
         layer: [
             LoraFactors(inputs[f"in.{layer}.{t}.B"], inputs[f"in.{layer}.{t}.A"]).scaled(
@@ -33,7 +33,7 @@ def published(name: str):
         for layer in ("l0", "l1")
     }
     outputs = load_file(file)
-    return factors, {layer: outputs[f"out.{layer}.delta"] for layer in factors}, config["weights"]
+    return factors, {layer: outputs[f"out.{layer}.delta"] for layer in factors}, config.get("weights", [1.0] * 4)
 
 
 @pytest.mark.parametrize(
@@ -87,22 +87,27 @@ def test_factor_sum_pads_smaller_ranks():
     torch.testing.assert_close(merged.B, B)
 
 
+UNPRUNED = {"density": 1.0, "lambda": 1.0}
+WHOLE = {"robustmerge": UNPRUNED, "robustmerge_code": UNPRUNED}  # nothing of the adapter is taken away
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_one_adapter_comes_back_as_itself(method):
     (f,) = random_factors([3])
-    update = merge_adapters(method, [{"m": (f.B, f.A)}])["m"]
+    update = merge_adapters(method, [{"m": (f.B, f.A)}], **WHOLE.get(method, {}))["m"]
     assert relative_error(update.dense(), f.dense()) < 1e-5
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lambda_weight_and_order(method):
-    f, g, h = ({"m": (x.B, x.A), "n": (x.B, x.A)} for x in random_factors([3, 3, 2]))
+    ranks = [3, 3, 3 if method == "robustmerge_code" else 2]
+    f, g, h = ({"m": (x.B, x.A), "n": (x.B, x.A)} for x in random_factors(ranks))
     h = {"m": h["m"]}
     merge = lambda adapters, weights, **p: merge_adapters(method, adapters, weights, **p)  # noqa: E731
-    full = merge([f, g, h], [1.0, 0.5, 0.7])
+    full = merge([f, g, h], [1.0, 0.5, 0.7], lambda_=1.0)
     assert set(full) == {"m", "n"}
     half = merge([f, g, h], [1.0, 0.5, 0.7], lambda_=0.5)
-    turned = merge([h, f, g], [0.7, 1.0, 0.5])
+    turned = merge([h, f, g], [0.7, 1.0, 0.5], lambda_=1.0)
     for module in full:
         assert relative_error(half[module].dense(), 0.5 * full[module].dense()) < 1e-5
         assert relative_error(turned[module].dense(), full[module].dense()) < 1e-3
