@@ -2,6 +2,7 @@
 
 from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear_method
+from mergekit_tspa.methods.lora_lego import lora_lego_method
 from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
 from mergekit_tspa.methods.task_arithmetic import lora_task_arithmetic
 from mergekit_tspa.methods.tspa import TSPA_METHODS
@@ -14,6 +15,7 @@ METHODS: dict[str, Method] = {
         lora_task_arithmetic,
         factor_linear_method,
         *ROBUSTMERGE_METHODS,
+        lora_lego_method,
     )
 }
 
