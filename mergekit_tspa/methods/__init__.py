@@ -4,6 +4,7 @@ from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear_method
 from mergekit_tspa.methods.lora_lego import lora_lego_method
 from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
+from mergekit_tspa.methods.svd_cur import svd_cur_method
 from mergekit_tspa.methods.task_arithmetic import lora_task_arithmetic
 from mergekit_tspa.methods.tspa import TSPA_METHODS
 from mergekit_tspa.methods.update import Dense, LowRank, MergedUpdate
@@ -16,6 +17,7 @@ METHODS: dict[str, Method] = {
         factor_linear_method,
         *ROBUSTMERGE_METHODS,
         lora_lego_method,
+        svd_cur_method,
     )
 }
 
