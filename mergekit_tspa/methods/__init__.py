@@ -4,6 +4,7 @@ from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear_method
 from mergekit_tspa.methods.lora_lego import lora_lego_method
 from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
+from mergekit_tspa.methods.rotation import rotation_method
 from mergekit_tspa.methods.svd_cur import svd_cur_method
 from mergekit_tspa.methods.task_arithmetic import lora_task_arithmetic
 from mergekit_tspa.methods.tspa import TSPA_METHODS
@@ -18,6 +19,7 @@ METHODS: dict[str, Method] = {
         *ROBUSTMERGE_METHODS,
         lora_lego_method,
         svd_cur_method,
+        rotation_method,
     )
 }
 
