@@ -31,18 +31,16 @@ def procrustes(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def best_scale(X: Tensor, Y: Tensor, X_0: Tensor, Y_0: Tensor) -> Tensor:
-    """The k (...) that minimises `||k X - X_0||^2 + ||Y / k - Y_0||^2`, 1 if X or Y is zero.
+    """The positive k (...) that minimises `||k X - X_0||^2 + ||Y / k - Y_0||^2`, 1 if X or Y is zero.
 
-    Where the derivative vanishes, `a k^4 - b k^3 + c k - d = 0` with `a = ||X||^2`, `b = <X, X_0>`, `c = <Y, Y_0>` and
-    `d = ||Y||^2`; as a and d are positive, it has real roots on both sides of 0.
+    It is a root of `a k^4 - b k^3 + c k - d`, with `a = ||X||^2`, `b = <X, X_0>`, `c = <Y, Y_0>` and `d = ||Y||^2`.
+    The real parts of the other roots cost more.
     """
     a, b, c, d = ((P * Q).sum((-2, -1))[..., None] for P, Q in ((X, X), (X, X_0), (Y, Y_0), (Y, Y)))
     free = (a > 0) & (d > 0)
     a, b, c, d = (torch.where(free, x, 1) for x in (a, b, c, d))
     companion = torch.eye(4, dtype=X.dtype, device=X.device).roll(1, dims=0).expand(*a.shape[:-1], 4, 4).clone()
     companion[..., 0, :] = torch.cat([b, torch.zeros_like(a), -c, d], dim=-1) / a
-    roots = torch.linalg.eigvals(companion)  # (..., 4)
-    k = roots.real
-    cost = a * k**2 - 2 * b * k + d / k**2 - 2 * c / k
-    cost = cost.where(roots.imag.abs() < 1e-6 * roots.abs(), torch.inf)
+    k = torch.linalg.eigvals(companion).real  # (..., 4)
+    cost = (a * k**2 - 2 * b * k + d / k**2 - 2 * c / k).where(k > 0, torch.inf)
     return k.gather(-1, cost.argmin(-1, keepdim=True)).where(free, 1).squeeze(-1)

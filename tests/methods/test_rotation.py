@@ -1,5 +1,7 @@
 """Rotation matching of LoRA factors: its symmetry, its limits, and the choice of the anchor."""
 
+from itertools import permutations
+
 import torch
 
 from mergekit_tspa import LoraFactors
@@ -64,6 +66,14 @@ def test_order_of_two():
         merged = rotation([f, g], [1.0, 0.5])
         assert merged.rank == max(ranks)
         assert relative_error(rotation([g, f], [0.5, 1.0]).dense(), merged.dense()) < 1e-10
+
+
+def test_order_of_equally_near_ones():
+    """`m + e` and `m - e` are equally near to the mean m, which itself is no adapter."""
+    m, e = (LoraFactors(x.B.round(), x.A.round()) for x in random_factors([2, 2]))
+    factors = [LoraFactors(torch.cat([m.B, s * e.B], 1), torch.cat([m.A, e.A])) for s in (2.0, 1.0, -1.0, -2.0)]
+    merged = [rotation(order, [1.0] * 4).dense() for order in permutations(factors)]
+    assert all(relative_error(other, merged[0]) < 1e-10 for other in merged)
 
 
 def test_adapters_without_an_update_change_nothing():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mergekit_tspa import LoraFactors
-from mergekit_tspa.methods.svd_cur import choose, svd_cur
+from mergekit_tspa.methods.svd_cur import choose, cur, svd_cur
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
 from tests.conftest import relative_error
 from tests.methods.test_closed_forms import random_factors
@@ -88,6 +88,15 @@ def test_enough_rows_and_columns_are_task_arithmetic(select, k):
     factors = random_factors([3, 3, 2])
     merged = svd_cur(factors, WEIGHTS, k=k, c=8, select=select, shared="sum")
     assert relative_error(merged.dense(), task_arithmetic(factors, WEIGHTS).dense()) < 1e-11
+
+
+@pytest.mark.parametrize("select", ["deim", "leverage", "norm"])
+def test_rows_are_chosen_for_the_update_not_for_rounding(select):
+    """Two rows hold nothing but rounding, and more of the second basis vector than any row holds of the first."""
+    Q = torch.zeros(12, 2, dtype=torch.float64)
+    Q[:10, 0], Q[10:, 1] = 10**-0.5, 2**-0.5
+    C = torch.tensor([[1.0, 0.0], [0.0, 1e-17]], dtype=torch.float64)
+    torch.testing.assert_close(cur(C, Q, Q, 2, select, size=C.norm()), C)
 
 
 def test_gauge_order_scale_and_sign():
