@@ -107,7 +107,9 @@ print((peak() - before) / (4 * WIDTH * WIDTH), seconds)
 
 
 def memory() -> None:
-    print(f"\nPeak memory of one {WIDTH} x {WIDTH} weight above its adapters, in dense float32 matrices (and seconds)\n")
+    print(
+        f"\nPeak memory of one {WIDTH} x {WIDTH} weight above its adapters, in dense float32 matrices (and seconds)\n"
+    )
     print("| method | 2 adapters | 8 | 32 |\n|---|---|---|---|")
     for method in METHODS:
         if METHODS[method].attention or METHODS[method].solves or method.endswith(("task_arithmetic", "mean")):

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 from mergekit_tspa.adapters import Adapter, LoraFactors
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods.pico import at_mean_norm, pico
+from mergekit_tspa.methods.svc import svc
 from mergekit_tspa.methods.update import Dense, LowRank, MergedUpdate
 
 LOG = logging.getLogger(__name__)
@@ -25,6 +27,18 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
     rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
+
+
+class OneByOneParameters(Parameters):
+    """What may come before and after a closed formula that looks at one weight at a time."""
+
+    pico: bool = Field(False, description="before merging, damp the output directions that adapters share (Pico)")
+    svc: bool = Field(False, description="after merging, calibrate singular values that several adapters count (SVC)")
+
+    def own(self) -> dict[str, Any]:
+        """The method's own parameters, as its function takes them."""
+        shared = OneByOneParameters.model_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
 
 
 class WeightInputs(NamedTuple):
@@ -71,7 +85,7 @@ class Report(NamedTuple):
         )
 
 
-Output = Literal["largest rank", "sum of ranks", "parameter rank", "dense"]  # rank of a merged update
+Output = Literal["largest rank", "sum of ranks", "parameter rank", "k + n c", "clusters", "dense"]  # rank of an update
 Progress = Callable[[str, float], None]  # what is being solved, and which fraction of it is done
 
 
@@ -105,6 +119,7 @@ class Method:
     record: Callable[[WeightInputs], dict[str, torch.Tensor]] | None = None  # what is written beside the model
     elects: bool = False  # lets the adapters vote on signs
     equal_ranks: bool = False  # of all adapters of a weight
+    check: Callable[[Sequence["WeightPlan"]], None] = lambda plans: None  # refuses ranks that it cannot merge
     drops_zeros: bool = True  # an adapter whose update of a weight is zero takes no part in that weight
 
     def bind(self, values: Mapping[str, Any]) -> Parameters:
@@ -137,6 +152,10 @@ class WeightPlan(NamedTuple):
     sources: Sequence[tuple[Adapter, str]]  # the adapter and its module
     weights: Sequence[float]
     parameters: Parameters
+
+    @property
+    def ranks(self) -> list[int]:
+        return [module.A.shape[0] for module in self._modules()]
 
     @property
     def nbytes(self) -> int:
@@ -174,13 +193,16 @@ def check_plans(method: Method, plans: Sequence[WeightPlan]) -> None:
         InputError: a `rank` that no weight's merged update carries (those that carry less stay as they are),
             unequal ranks where the method needs equal ones, statistics over the model with parameters that vary.
     """
+    method.check(plans)
     carried = 0
     for plan in plans:
-        ranks = {adapter.name: adapter.modules[module].A.shape[0] for adapter, module in plan.sources}
-        if method.equal_ranks and len(set(ranks.values())) > 1:
-            raise InputError(f"{plan.name}: {method.name} needs equal ranks, but they are {ranks}; use lora_ or core_")
+        if method.equal_ranks and len(set(plan.ranks)) > 1:
+            raise InputError(
+                f"{plan.name}: {method.name} needs adapters of equal rank, and these have {plan.ranks}; use a method "
+                "without that need (mergekit-tspa methods)"
+            )
         shape = plan.sources[0][0].modules[plan.sources[0][1]].shape
-        total = max(ranks.values()) if method.output == "largest rank" else sum(ranks.values())
+        total = max(plan.ranks) if method.output == "largest rank" else sum(plan.ranks)
         carried = max(carried, min(shape) if method.output == "dense" else min(total, *shape))
     asked = [plan.parameters.rank for plan in plans if plan.parameters.rank is not None]
     if len(asked) == len(plans) and asked and min(asked) > carried:
@@ -264,15 +286,25 @@ def _zero(plan: WeightPlan, device: torch.device | str | None) -> LowRank:
 
 
 def one_by_one(rule: Callable[[WeightInputs], LoraFactors | Dense]):
-    """`Method.merge` of a closed formula that looks at one weight at a time."""
+    """`Method.merge` of a closed formula that looks at one weight at a time, with `OneByOneParameters` or without."""
+
+    def merge_one(w: WeightInputs) -> LowRank | Dense:
+        p = w.parameters
+        before, after = getattr(p, "pico", False), getattr(p, "svc", False)
+        update = rule(w._replace(factors=pico(w.factors)) if before else w)
+        update = update if isinstance(update, Dense) else LowRank(*update)
+        if before or after:
+            weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
+            update = at_mean_norm(update, weighted) if before else update
+            update = svc(update, weighted) if after else update
+        return update.scaled(p.lambda_)
 
     def merge(inputs: Sequence[WeightInputs], pairs: Sequence, progress: Progress) -> Merged:
         updates = []
         for i, w in enumerate(inputs):
             if len(inputs) > 1:
                 progress("merging", i / len(inputs))
-            update = rule(w).scaled(w.parameters.lambda_)
-            updates.append(update if isinstance(update, Dense) else LowRank(*update))
+            updates.append(merge_one(w))
         return Merged(updates, [])
 
     return merge

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.methods.base import Parameters
+from mergekit_tspa.methods.base import OneByOneParameters, Parameters
 from mergekit_tspa.rules.emr import rescalers, unify
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.rules.pcb import clamp_positions, clamped, pcb, score_positions, scores
@@ -33,23 +33,23 @@ class Scoped(Parameters):
     )
 
 
-class Density(Parameters):
+class Density(OneByOneParameters):
     density: float = Field(0.2, gt=0, le=1, description="share of the entries that is kept")
 
 
-class Election(Parameters):
+class Election(OneByOneParameters):
     normalize: bool = Field(True, description="divide by the summed weights of the adapters that agree")
     elect: Literal["mass", "count"] = Field("mass", description="elect the sign of the sum, or of the sum of signs")
     take: Literal["mean", "max"] = Field("mean", description="combine what agrees, or take the largest entry")
 
 
-class Random(Parameters):
+class Random(OneByOneParameters):
     density: float = Field(0.5, gt=0, le=1, description="probability with which an entry is kept")
     rescale: bool = Field(True, description="divide what is kept by its probability")
     seed: int = Field(42, ge=0, lt=2**63, description="seed of the draws, which also depend on the names")
 
 
-class TrimParameters(Scoped, Density):
+class TrimParameters(Density, Scoped):
     convention: Literal["paper", "peft", "mergekit"] = Field(
         "paper", description="which code to follow where they differ: entries a trim keeps, when weights come in"
     )
@@ -73,28 +73,28 @@ class DellaParameters(Election, Random):
         return self
 
 
-class BreadcrumbsParameters(Parameters):
+class BreadcrumbsParameters(OneByOneParameters):
     density: float = Field(0.9, gt=0, le=1, description="share of the entries that is kept")
     gamma: float = Field(0.01, ge=0, lt=1, description="share of the largest entries that is left out")
 
 
-class TsvParameters(Parameters):
+class TsvParameters(OneByOneParameters):
     rank_per_task: int | None = Field(None, ge=1, description="triplets kept per adapter; by default an equal share")
     orthogonalize: bool = Field(True, description="make the kept vectors orthogonal across adapters")
 
 
-class IsoParameters(Parameters):
+class IsoParameters(OneByOneParameters):
     common_fraction: float = Field(
         1.0, gt=0, le=1, description="share of the directions taken from the sum; below 1 this is Iso-CTS"
     )
 
 
-class CartParameters(Parameters):
+class CartParameters(OneByOneParameters):
     share: float = Field(0.04, gt=0, le=1, description="share of the directions of each distance from the mean")
     inner: float = Field(0.1, allow_inf_nan=False, description="factor on those distances")
 
 
-class PcbParameters(Scoped):
+class PcbParameters(OneByOneParameters, Scoped):
     ratio: float = Field(0.1, gt=0, lt=1, description="share of the scores that counts")
     clamp: float = Field(1e-4, ge=0, lt=0.5, description="share of magnitudes clamped at either end")
     variant: Literal["invariant", "v1"] = Field(
@@ -119,7 +119,7 @@ class Rule:
     url: str
     merge: Callable[..., Tensor] | None = None
     linear: Callable[[Tensor], Tensor] | None = None
-    parameters: type[Parameters] = Parameters
+    parameters: type[Parameters] = OneByOneParameters
     elementwise: bool = True
     survey: Callable[[Streams, Any], Tensor] | None = None
     records: bool = False  # the statistics, and more, are of use after the merge

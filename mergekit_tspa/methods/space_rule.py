@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter, LoraFactors
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.base import Method, Output, Parameters, WeightInputs, one_by_one
+from mergekit_tspa.methods.base import Method, OneByOneParameters, Output, Parameters, WeightInputs, one_by_one
 from mergekit_tspa.methods.emr import record
 from mergekit_tspa.methods.rules import RULES, Rule, Scoped, row_blocks
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
@@ -216,15 +216,14 @@ def _factor_combination(rule: Rule) -> Method:
         url="https://huggingface.co/docs/peft/developer_guides/model_merging",
         output="largest rank",
         merge=one_by_one(lambda w: merge_factors(rule, w)),
-        parameters=create_model(f"factor_{rule.name}", __base__=Parameters, **fields),
+        parameters=create_model(f"factor_{rule.name}", __base__=OneByOneParameters, **fields),
         elects=rule.elects,
         equal_ranks=True,
     )
 
 
 def _parameters(name: str, *bases: type[Parameters]) -> type[Parameters]:
-    own = [base for base in bases if base is not Parameters]
-    return create_model(name, __base__=tuple(own)) if own else Parameters
+    return create_model(name, __base__=tuple(base for base in bases if base is not Parameters))
 
 
 SPACE_RULE_METHODS = (

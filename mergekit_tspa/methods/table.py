@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.base import Method, Parameters
+from mergekit_tspa.methods.base import Method, OneByOneParameters, Parameters
 from mergekit_tspa.methods.rules import RULES
 from mergekit_tspa.methods.space_rule import FACTOR_RULES, SPACES
 
@@ -136,7 +136,7 @@ def _needs(method: Method) -> str:
 
 def _parameters(parameters: type[Parameters]) -> str:
     """Names with defaults and ranges, without those that every method has in the same sense."""
-    common = {field.description for field in Parameters.model_fields.values()}
+    common = {field.description for field in OneByOneParameters.model_fields.values()}
     fields = {n: f for n, f in parameters.model_fields.items() if f.description not in common}
     return ", ".join(f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()) or "-"
 

@@ -7,7 +7,7 @@ import torch
 from mergekit_tspa.adapters import LoraFactors
 from mergekit_tspa.numerics import numerical_rank
 from mergekit_tspa.spaces.basis import Basis
-from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.spaces.cores import cores, svd
 
 
 def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
@@ -23,11 +23,10 @@ def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
 
 
 def balanced(f: LoraFactors) -> LoraFactors:
-    """`(P sqrt(S), sqrt(S) Q^T)` of the update's SVD `P S Q^T`, the same whatever factors it came in."""
-    Q_B, Q_A, (R_B,), (R_A,) = cores([f])
-    P, S, Qh = torch.linalg.svd(R_B @ R_A.mT)
+    """`(U sqrt(S), sqrt(S) V^T)` of the update's SVD `U S V^T`, the same whatever factors it came in."""
+    U, S, Vh = svd(f)
     root = S.sqrt()
-    return LoraFactors(Q_B @ (P * root), (root[:, None] * Qh) @ Q_A.mT)
+    return LoraFactors(U * root, root[:, None] * Vh)
 
 
 def _left(R: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,13 @@ def factors(case: str, layer: str, dtype=torch.float32) -> list[LoraFactors]:
     return [adapter[layer] for adapter in adapters(case, dtype=dtype)]
 
 
+def published_deltas(name: str):
+    """Inputs and outputs of a file that has one update per layer: `{layer: [factors]}`, `{layer: delta}`."""
+    outputs, _ = published(name)
+    case = name.rsplit(".", 1)[1]
+    return {layer: factors(case, layer) for layer in LAYERS}, {layer: outputs[f"out.{layer}.delta"] for layer in LAYERS}
+
+
 PCB = {"variant": "v1", "clamp": 1e-4}
 CASES = [  # file, method, parameters, tolerance
     ("ties_official_k20_dis-mean", "lora_ties", {"scope": "model"}, ELEMENTWISE),
@@ -141,7 +148,7 @@ def test_dare_with_the_published_draws(case):
 
 @pytest.mark.parametrize("case", ["hom8", "het"])
 def test_knots_dare_ties_with_the_published_draws(case):
-    outputs, config = published(f"knots_dare_ties.{case}")
+    outputs, _ = published(f"knots_dare_ties.{case}")
     for layer in LAYERS:
         kept = torch.stack([outputs[f"aux.{layer}.keep{t}"] for t in range(4)])
         basis = knots(factors(case, layer))

@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from mergekit_tspa import METHODS, InputError, LoraFactors, merge_adapters
+from mergekit_tspa.cli import main
 from mergekit_tspa.methods import rules, space_rule
-from tests.conftest import merge, recipe, relative_error, run, save_adapter, write_recipe
+from tests.conftest import merge, recipe, relative_error, run, save_adapter
 
 LOSSLESS = ("lora", "knots", "core")
 COMBINATIONS = [f"{space.name}_{rule.name}" for space in space_rule.SPACES for rule in rules.RULES]
@@ -151,7 +153,7 @@ def test_scope_model_with_adapters_of_different_modules(method):
 def test_bad_input():
     f, g = draw([3, 2])
     for call, message in [
-        (lambda: merge_adapters("factor_ties", [f, g]), "needs equal ranks"),
+        (lambda: merge_adapters("factor_ties", [f, g]), "needs adapters of equal rank"),
         (lambda: merge_adapters("lora_ties", [f], density=0.0), "density: 0.0"),
         (lambda: merge_adapters("lora_ties", [f], density=1.5), "density: 1.5"),
         (lambda: merge_adapters("lora_della", [f], density=0.95), "must lie inside"),
@@ -188,26 +190,27 @@ def adapter_updates(folder):
     }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scope", ["tensor", "model"])
-@pytest.mark.parametrize("space", ["lora", "core"])
+def rebuild(*arguments):
+    return CliRunner().invoke(main, ["emr-task", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "space, scope, dtype",
+    [("lora", "tensor", "float32"), ("lora", "model", "float32"), ("lora", "model", "bfloat16")],
+)
 def test_emr_writes_masks_from_which_every_task_comes_back(space, scope, dtype, llama, adapters, tmp_path):
     """`uni * mask * scale`, by the stock command and the rebuilding command; to 1e-3 of the paper's formula."""
     zero = save_adapter(llama, tmp_path / "zero", seed=8)
     tensors = load_file(zero / "adapter_model.safetensors")
-    from safetensors.torch import save_file
-
     key = next(k for k in tensors if "layers.0" in k and "q_proj.lora_B" in k)
     save_file({**tensors, key: torch.zeros_like(tensors[key])}, zero / "adapter_model.safetensors")
     both = [adapters[0], zero]
     settings = {"parameters": {"scope": scope, "lambda": 0.5}, "dtype": dtype}
-    file = write_recipe(tmp_path / "r.yml", recipe(f"{space}_emr", llama, both, **settings))
-    assert run("mergekit-yaml", file, tmp_path / "out", "--no-copy-tokenizer").returncode == 0
+    result = merge(recipe(f"{space}_emr", llama, both, **settings), tmp_path / "out")
+    assert result.exit_code == 0, result.output
     assert (tmp_path / "out/emr_masks.safetensors").is_file()
-    rebuilt = run("mergekit-tspa", "emr-task", tmp_path / "out", "zero")
-    assert rebuilt.returncode == 0, rebuilt.stderr
-    if space == "core":
-        return
+    rebuilt = rebuild(tmp_path / "out", "zero")
+    assert rebuilt.exit_code == 0, rebuilt.output
     base = load_file(llama / "model.safetensors")
     got = load_file(tmp_path / "out-zero/model.safetensors")
     updates = [adapter_updates(a) for a in both]
@@ -233,18 +236,35 @@ def test_emr_writes_masks_from_which_every_task_comes_back(space, scope, dtype, 
             assert relative_error(got[name] - base[name], want - base[name]) < 1e-3
 
 
+@pytest.mark.parametrize("space", ["knots", "core", "ctm"])
+def test_emr_in_small_coordinates(space, llama, adapters, tmp_path):
+    """By the commands as a user has them; the tasks come back closer than the unified model is to them."""
+    result = merge(recipe(f"{space}_emr", llama, adapters[:2]), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    if space == "core":
+        result = run("mergekit-tspa", "emr-task", tmp_path / "out", adapters[0], "--out", tmp_path / "out-one")
+        assert result.returncode == 0, result.stderr
+    else:
+        assert rebuild(tmp_path / "out", "one").exit_code == 0
+    base, unified, task = (load_file(f / "model.safetensors") for f in (llama, tmp_path / "out", tmp_path / "out-one"))
+    distance = {"task": 0.0, "unified": 0.0}
+    for name, update in adapter_updates(adapters[0]).items():
+        distance["task"] += (task[name] - base[name] - update).square().sum()
+        distance["unified"] += (unified[name] - base[name] - update).square().sum()
+    assert distance["task"] < distance["unified"]
+    assert not (tmp_path / "out-one/emr_masks.safetensors").exists()
+
+
 def test_emr_task_refuses_what_it_cannot_rebuild(llama, adapters, tmp_path):
-    file = write_recipe(tmp_path / "r.yml", recipe("lora_ties", llama, adapters[:1]))
-    assert run("mergekit-yaml", file, tmp_path / "plain", "--no-copy-tokenizer").returncode == 0
-    result = run("mergekit-tspa", "emr-task", tmp_path / "plain", "one")
-    assert result.returncode == 1 and "no emr_tasks.json there" in result.stderr
-    file = write_recipe(tmp_path / "r.yml", recipe("knots_emr", llama, adapters[:2]))
-    assert run("mergekit-yaml", file, tmp_path / "emr", "--no-copy-tokenizer").returncode == 0
-    result = run("mergekit-tspa", "emr-task", tmp_path / "emr", "three")
-    assert result.returncode == 1 and "no task is called so" in result.stderr and "Traceback" not in result.stderr
+    assert merge(recipe("lora_ties", llama, adapters[:1]), tmp_path / "plain").exit_code == 0
+    result = rebuild(tmp_path / "plain", "one")
+    assert result.exit_code == 1 and "no emr_tasks.json there" in result.output
+    assert merge(recipe("knots_emr", llama, adapters[:2]), tmp_path / "emr").exit_code == 0
+    result = rebuild(tmp_path / "emr", "three")
+    assert result.exit_code == 1 and "no task is called so" in result.output
     (tmp_path / "emr-one").mkdir()
-    result = run("mergekit-tspa", "emr-task", tmp_path / "emr", "one")
-    assert result.returncode == 1 and "is there already" in result.stderr
+    result = rebuild(tmp_path / "emr", "one")
+    assert result.exit_code == 1 and "is there already" in result.output
 
 
 @pytest.mark.parametrize("method", ["lora_ties", "knots_pcb", "core_emr", "lora_dare_ties"])

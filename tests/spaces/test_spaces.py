@@ -50,7 +50,7 @@ def test_lossless(space, factors):
 def test_knots_is_the_svd_of_the_updates_side_by_side():
     factors = draw([3, 5, 2])
     basis = knots(factors)
-    U, S, Vh = torch.linalg.svd(torch.cat([f.dense() for f in factors], dim=1).double(), full_matrices=False)
+    _U, S, Vh = torch.linalg.svd(torch.cat([f.dense() for f in factors], dim=1).double(), full_matrices=False)
     got = torch.cat([M.dense() for M in basis.encode(factors)], dim=1)
     assert basis.U.shape == (24, 10)
     want = S[:10, None] * Vh[:10]
