@@ -6,8 +6,10 @@ import re
 import shutil
 
 import pytest
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mergekit_tspa.cli import main
 from tests.conftest import ROOT, peft_merged, recipe, relative_error, run, write_recipe
 from tests.graph.test_merge import check, weighted_target
 
@@ -93,13 +95,37 @@ def test_fallback_command_without_the_entry_point(llama, adapters, tmp_path):
 
 def test_own_commands():
     help_text = run("mergekit-tspa", "--help").stdout
-    for command in ("yaml", "multi", "methods"):
+    for command in ("yaml", "multi", "methods", "emr-task"):
         assert command in help_text
     table = run("mergekit-tspa", "methods", COLUMNS="250").stdout
     from mergekit_tspa import METHODS
+    from mergekit_tspa.methods.table import sections
 
-    for name in METHODS:
-        assert re.search(rf"\b{name}\b", table)
+    for section in sections():
+        for row in section.rows:
+            assert re.search(rf"{row[0].strip('`')}\b", table)
+    for name, method in METHODS.items():
+        described = CliRunner().invoke(main, ["methods", name])
+        assert described.exit_code == 0
+        for parameter in method.parameter_fields():
+            assert re.search(rf"\b{parameter} ", described.output)
+    unknown = CliRunner().invoke(main, ["methods", "core_tvs"])
+    assert unknown.exit_code == 1 and "core_tsv" in unknown.output
+
+
+def test_every_method_is_in_the_table_and_the_readme_has_it():
+    """To renew the README's table: `mergekit-tspa methods --markdown`."""
+    from mergekit_tspa import METHODS
+    from mergekit_tspa.methods.table import markdown, sections
+
+    own, rules, spaces = sections()
+    names = {row[0].strip("`") for row in own.rows}
+    for rule in rules.rows:
+        for space in spaces.rows:
+            if rule[2] == "all" or space[0] != "`factor_`":
+                names.add(space[0].strip("`") + rule[0].strip("`").removeprefix("_"))
+    assert names == METHODS.keys()
+    assert markdown() in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "yaml_examples").glob("*.yml")), ids=lambda p: p.stem)

@@ -200,7 +200,7 @@ _TIES = {"paper": "Yadav et al., 2023", "url": "https://arxiv.org/abs/2306.01708
 RULES = (
     Rule(
         name="task_arithmetic",
-        title="task arithmetic",
+        title="Task arithmetic",
         summary="weighted sum",
         paper="Ilharco et al., 2022",
         url="https://arxiv.org/abs/2212.04089",
@@ -209,7 +209,7 @@ RULES = (
     ),
     Rule(
         name="mean",
-        title="mean",
+        title="Mean",
         summary="weighted mean",
         paper="Wortsman et al., 2022",
         url="https://arxiv.org/abs/2203.05482",
@@ -227,7 +227,7 @@ RULES = (
     ),
     Rule(
         name="magnitude_prune",
-        title="magnitude pruning",
+        title="Magnitude pruning",
         summary="trim each update, weighted sum",
         merge=lambda M, weights, p, thresholds, draw: weighted_sum(trim(M, thresholds), weights),
         parameters=TrimParameters,

@@ -190,7 +190,7 @@ def _combination(space: Space, rule: Rule) -> Method:
     scoped = issubclass(rule.parameters, Scoped)
     return Method(
         name=f"{space.name}_{rule.name}",
-        title=f"{rule.title} in {space.title}",
+        title=rule.title if space.basis is full else f"{rule.title} in {space.title}",
         summary=rule.summary,
         paper="; ".join(filter(None, (rule.paper, space.paper))),
         url=space.url or rule.url,
