@@ -41,11 +41,6 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
             source.model = _reference(source.model, config.base_model)
     for output_slice in _slices(config):
         _append_base(output_slice, config.base_model)
-    quantised = getattr(config.base_model.config(options.trust_remote_code), "quantization_config", None)
-    if quantised is not None:
-        raise InputError(
-            f"{config.base_model}: the base model is quantised; merge into the original full-precision checkpoint"
-        )
 
 
 def _check_options(config: MergeConfiguration, options: MergeOptions) -> None:

@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from mergekit_tspa.adapters import Adapter, LoraFactors
+from mergekit_tspa.adapters import Adapter, Change, LoraFactors, LoraModule
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.update import LowRank, MergedUpdate
+from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
 
 
 class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
@@ -73,7 +73,7 @@ Progress = Callable[[str, float], None]  # what is being solved, and which fract
 class Merged(NamedTuple):
     """Updates in the order of the inputs, and what the solvers report."""
 
-    updates: list[MergedUpdate]
+    updates: list[LowRank | Dense]
     reports: list[Report]
 
 
@@ -126,40 +126,58 @@ class WeightPlan(NamedTuple):
     sources: Sequence[tuple[Adapter, str]]  # the adapter and its module
     weights: Sequence[float]
     parameters: Parameters
+    changes: Sequence[tuple[Change, float]] = ()  # of adapters that trained it directly, and their weights
 
     @property
     def nbytes(self) -> int:
         """Size of its factors in float32."""
-        return sum(4 * module.A.numel() + 4 * module.B.numel() for module in self._modules())
+        return sum(4 * module.rank * sum(module.shape) for module in self.modules)
 
-    def _modules(self):
-        return (adapter.modules[module] for adapter, module in self.sources)
+    @property
+    def modules(self) -> list[LoraModule]:
+        return [adapter.modules[module] for adapter, module in self.sources]
+
+    def finish(self, update: LowRank | Dense | None) -> MergedUpdate:
+        """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes."""
+        scale = self.parameters.lambda_
+        if any(module.magnitude is not None for module in self.modules):
+            magnitudes = [
+                adapter.factors(name) if module.magnitude is None else module.magnitude
+                for (adapter, name), module in zip(self.sources, self.modules)
+            ]
+            update = Dora(update, magnitudes, [scale * a for a in self.weights], self.modules[0].transposed)
+        return Changed(update, *zip(*self.changes), scale) if self.changes else update
 
 
 def plan_weight(
-    method: Method, name: str, sources: Sequence[tuple[Adapter, str, float]], parameters: Parameters
+    method: Method,
+    name: str,
+    sources: Sequence[tuple[Adapter, str, float]],
+    parameters: Parameters,
+    changes: Sequence[tuple[Adapter, Change, float]] = (),
 ) -> WeightPlan | None:
     """Keep the adapters of non-zero weight; None when there is none.
 
     Raises:
         InputError: a weight is not finite, or below what the method is defined for.
     """
-    for adapter, _, weight in sources:
+    for adapter, _, weight in (*sources, *changes):
         if not isfinite(weight) or weight < method.min_weight:
             raise InputError(
                 f"{adapter.name}: weight {weight} for {name}: {method.name} takes finite weights"
                 + (f" of at least {method.min_weight:g}" if isfinite(method.min_weight) else "")
             )
     kept = [(adapter, module, weight) for adapter, module, weight in sources if weight]
-    if not kept:
+    changed = [(change, weight) for _, change, weight in changes if weight]
+    if not kept and not changed:
         return None
-    return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters)
+    return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters, changed)
 
 
 def check_ranks(method: Method, plans: Sequence[WeightPlan]) -> None:
     """Refuse a `rank` that no weight's merged factors carry; those that carry less stay as they are."""
     asked = [plan for plan in plans if plan.parameters.rank is not None]
-    ranks = [[adapter.modules[module].A.shape[0] for adapter, module in plan.sources] for plan in asked]
+    ranks = [[module.rank for module in plan.modules] for plan in asked]
     carried = max((sum(r) if method.output == "sum of ranks" else max(r) for r in ranks), default=0)
     if asked and min(plan.parameters.rank for plan in asked) > carried:
         raise InputError(
