@@ -5,7 +5,7 @@ from mergekit_tspa.adapters.base import BaseModel, Index
 from mergekit_tspa.adapters.checkpoint import Checkpoint
 from mergekit_tspa.adapters.factors import LoraFactors
 from mergekit_tspa.adapters.geometry import AttentionGeometry
-from mergekit_tspa.adapters.hub import locate_adapter
+from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
 from mergekit_tspa.adapters.reader import read_adapter
 
@@ -18,6 +18,8 @@ __all__ = [
     "Index",
     "LoraFactors",
     "LoraModule",
+    "base_of_adapter",
+    "is_adapter",
     "locate_adapter",
     "read_adapter",
 ]

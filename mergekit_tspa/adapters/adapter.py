@@ -72,8 +72,13 @@ class Adapter:
                 is tied to another.
         """
         adapter = replace(self, modules=experts.settle(self.modules, base), changes=self._tie_changes(base))
-        matched = base.match(adapter.tensors, self.name)
-        tensors = {matched[name]: module for name, module in adapter.tensors.items()}
+        named = adapter.tensors
+        if base.tied and (tied := [name for name in named if name.endswith(_HEADS + _EMBEDDINGS)]):
+            raise InputError(
+                f"{self.name}: it adapts {tied[0]}, but {base.name} ties embedding and head to one tensor; untie the "
+                "base first, or train without it"
+            )
+        tensors = {tensor: named[name] for name, tensor in base.match(named, self.name).items()}
         modules = {module: adapter._fit_module(module, tensor, base) for tensor, module in tensors.items()}
         changes = {tensor: adapter.changes[name] for name, tensor in base.match(adapter.changes, self.name).items()}
         for tensor, change in changes.items():
@@ -82,11 +87,6 @@ class Adapter:
 
     def _fit_module(self, module: str, tensor: str, base: BaseModel) -> LoraModule:
         found, shape = self.modules[module], base.shape(tensor)
-        if base.tied and tensor.endswith(_HEADS + _EMBEDDINGS):
-            raise InputError(
-                f"{self.name}: it adapts {tensor}, but {base.name} ties embedding and head to one tensor; untie the "
-                "base first, or train without it"
-            )
         self._check_precision(tensor, base)
         if base.config.get("model_type") in _CONV1D_MODELS:
             found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in _CONV1D_LAYERS)

@@ -63,8 +63,7 @@ class BaseModel:
             raise InputError(
                 f"{adapter}: {len(missing)} of {len(found)} adapted tensors match no tensor of {self.name}: {listed} "
                 f"(nearest name there: {self._names.nearest(missing[0])}); was the adapter trained on another base "
-                "model, or does it adapt an embedding or head that the base ties to another tensor, or a bias that "
-                "the base does not have?"
+                "model, or does it adapt a bias that the base does not have?"
             )
         owner: dict[str, str] = {}
         for name, tensor in found.items():
