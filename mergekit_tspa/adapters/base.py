@@ -126,12 +126,13 @@ class BaseModel:
         return get_checkpoint_conversion_mapping(self.config.get("model_type")) or []
 
     def _at_run_time(self, tensor: str) -> tuple[str, Index]:
+        """The tensor's name at run time, or that of the fused tensor it is a part of, and which part."""
         name = tensor
         for conversion in self._conversions:
             renamed, pattern = conversion.rename_source_key(name)
-            operations = [type(operation).__name__ for operation in getattr(conversion, "operations", ())]
             if pattern is None:
                 continue
+            operations = [type(operation).__name__ for operation in getattr(conversion, "operations", ())]
             if operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
                 expert = int(re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)[1])
                 rows, position = self.shapes[tensor][0], conversion.source_patterns.index(pattern)

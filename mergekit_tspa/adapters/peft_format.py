@@ -110,7 +110,6 @@ def _sort(
     lora: dict[str, dict[str, Tensor]] = {}
     trained = {}
     adapter_names = set()
-    direct = (".weight", ".bias", _TOKENS, *(config.get("modules_to_save") or ()))
     for key, tensor in tensors.items():
         key = strip_prefixes(key)
         if _IGNORED.search(key):
@@ -119,21 +118,22 @@ def _sort(
         if match := _LORA_KEY.match(key):
             adapter_names.add(match["adapter"])
             lora.setdefault(match["module"], {})[match["part"] + (match["bias"] or "")] = tensor
-        elif any(kind in key for kind in direct) and not any(re.search(kind[0], key) for kind in _REFUSED_TENSORS):
+        else:
+            _check_trained(key, config, file)
             key = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key).removesuffix(".default")
             trained[key.replace(".base_layer.bias", ".bias")] = tensor
-        else:
-            _refuse_tensor(key, file)
     if len(adapter_names) > 1:
         raise InputError(f"{file}: holds several adapters ({', '.join(map(str, adapter_names))}); save one per file")
     return lora, trained
 
 
-def _refuse_tensor(key: str, file: Path):
+def _check_trained(key: str, config: Mapping[str, Any], file: Path) -> None:
+    """Refuse a tensor that belongs to something else than a saved module, a bias, or trained tokens."""
     for pattern, what, way_out in _REFUSED_TENSORS:
         if re.search(pattern, key):
             raise InputError(f"{file}: tensor {key} belongs to {what}, which is not supported; {way_out}")
-    raise InputError(f"{file}: tensor {key} is of no known kind; {_MERGE_FIRST}")
+    if not any(known in key for known in (".weight", ".bias", _TOKENS, *(config.get("modules_to_save") or ()))):
+        raise InputError(f"{file}: tensor {key} is of no known kind; {_MERGE_FIRST}")
 
 
 def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> tuple[str, Change]:
@@ -166,6 +166,10 @@ def _read_module(module: str, parts: Mapping[str, Tensor], config: Mapping[str, 
         )
     scale = _scale(config, module, rank, file)
     magnitude = parts.get("magnitude_vector")
+    if magnitude is None and config.get("use_dora"):
+        raise InputError(
+            f"{file}: {module} has no lora_magnitude_vector, but adapter_config.json says DoRA; the file is incomplete"
+        )
     return LoraModule(
         A,
         B,

@@ -1,5 +1,7 @@
 """`base+lora` references that are read as factors and never merged to disk."""
 
+from collections.abc import KeysView
+
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
@@ -52,9 +54,9 @@ class LoraLoader(LazyTensorLoader):
                 self.parts.setdefault(tensor, {})[part] = place
 
     @property
-    def adapted(self) -> set[str]:
-        """Base tensors, or experts of fused ones, that the adapter changes."""
-        return self.modules.keys() | self.adapter.changes.keys()
+    def adapted(self) -> KeysView[str]:
+        """Base tensors, or experts of fused ones, that the adapter changes; in the adapter's order."""
+        return {**self.modules, **self.adapter.changes}.keys()
 
     def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
         """The adapted tensor in its base's dtype.  Only stock tasks that need a dense tensor come here."""

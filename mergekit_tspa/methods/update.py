@@ -39,7 +39,7 @@ class Dense(NamedTuple):
 
     def apply_to(self, W: Tensor) -> Tensor:
         """`W + dW`, computed and returned in the precision of the update."""
-        return W.to(self.dW.dtype) + self.dW.view_as(W)
+        return W.to(self.dW.dtype) + self.dW.reshape(W.shape)
 
 
 class Dora(NamedTuple):

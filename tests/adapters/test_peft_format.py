@@ -169,6 +169,7 @@ CONFIG_REFUSALS = {
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "lora_ga"),
     "KaSA": ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
     "Arrow": ({"arrow_config": {"top_k": 2}}, "Arrow"),
+    "DoRA without magnitudes": ({"use_dora": True}, "q_proj has no lora_magnitude_vector, but .* says DoRA"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
     "QALoRA": ({"use_qalora": True}, "QALoRA"),
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),

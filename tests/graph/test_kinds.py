@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     GptOssConfig,
@@ -40,6 +40,7 @@ Q = f"{LAYER}self_attn.q_proj"
 # base, what PEFT is given, and tensors that must differ from the base's
 KINDS = {
     "embedding": ("untied", {"target_modules": ["embed_tokens", "q_proj"]}, ["model.embed_tokens.weight"]),
+    "embedding of positions": ("gpt2", {"target_modules": ["wpe"]}, ["transformer.wpe.weight"]),
     "head": ("untied", {"target_modules": ["lm_head", "q_proj"]}, ["lm_head.weight"]),
     "DoRA": ("untied", {"use_dora": True}, [f"{Q}.weight"]),
     "DoRA on Conv1D": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}, []),
@@ -58,6 +59,8 @@ KINDS = {
     "OLoRA": ("untied", {"init_lora_weights": "olora"}, [f"{Q}.weight"]),
     "BD-LoRA": ("untied", {"use_bdlora": BLOCKS}, [f"{Q}.weight"]),
     "MiCA": ("untied", {"init_lora_weights": "mica"}, [f"{Q}.weight"]),
+    "VeLoRA": ("untied", {"velora_config": VeloraConfig(num_groups=4)}, [f"{Q}.weight"]),
+    "MonteCLoRA": ("untied", {"monteclora_config": MontecloraConfig()}, [f"{Q}.weight"]),
     "saved modules": (
         "untied",
         {"modules_to_save": ["lm_head", "embed_tokens", "input_layernorm"]},
@@ -276,6 +279,20 @@ def test_experts_of_two_adapters_by_recipe_and_python(moe, tmp_path):
         for name, W in before.items():
             target = W + sum(a * (m[name].double() - W.double()) for a, m in zip([1, 0.5], merged))
             assert relative_error(exact[name], target) < 1e-6, name
+
+
+def test_the_loader_serves_adapted_tensors(untied, moe, tmp_path):
+    """For stock tasks that want a dense tensor."""
+    from mergekit.common import ModelPath
+
+    from mergekit_tspa.graph.reference import AdapterReference
+
+    kinds = {untied: {"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]}}
+    for base, config in (kinds | {moe / "gpt_oss": {"target_parameters": EXPERTS}}).items():
+        adapter = save_adapter(base, tmp_path / base.name, **config)
+        paths = (ModelPath(path=str(path)) for path in (base, adapter))
+        loader = AdapterReference(**dict(zip(("model", "lora"), paths))).lazy_loader()
+        check({name: loader.get_tensor(name) for name in loader.index.tensor_paths}, peft_merged(base, adapter))
 
 
 def test_experts_trained_apart(moe, tmp_path):
