@@ -71,7 +71,8 @@ class Adapter:
             InputError: a module has no tensor in the base, a tensor of another shape, a quantised one, or one that
                 is tied to another.
         """
-        adapter = replace(self, modules=experts.settle(self.modules, base), changes=self._tie_changes(base))
+        modules = experts.settle(self.modules, base, self.name)
+        adapter = replace(self, modules=modules, changes=self._tie_changes(base))
         named = adapter.tensors
         if base.tied and (tied := [name for name in named if name.endswith(_HEADS + _EMBEDDINGS)]):
             raise InputError(

@@ -60,25 +60,35 @@ def unpack(A: Tensor, B: Tensor, rank: int, layout: str) -> list[tuple[Tensor, T
     return list(zip(A, B))
 
 
-def settle(modules: Mapping[str, LoraModule], base: BaseModel) -> dict[str, LoraModule]:
+def settle(modules: Mapping[str, LoraModule], base: BaseModel, adapter: str) -> dict[str, LoraModule]:
     """Give modules of experts, `parameter[expert]`, the names and shapes that the base's checkpoint has for them.
 
     * fused there: `tensor[expert]`, transposed if it stores `(experts, d_in, d_out)`;
     * a tensor per expert and projection: the rows of `B` that belong to each.
+
+    Raises:
+        InputError: the base has another number of experts.
     """
-    settled = {}
+    settled = {name: module for name, module in modules.items() if "[" not in name}
+    fused: dict[str, list[LoraModule]] = {}
     for name, module in modules.items():
-        fused, bracket, expert = name.partition("[")
-        if not bracket:
-            settled[name] = module
-        elif tensor := base.find(fused):
-            settled[f"{tensor}[{expert}"] = module._replace(transposed=_transposed(module, tensor, base))
+        if name not in settled:
+            fused.setdefault(name.partition("[")[0], []).append(module)
+    for name, experts in fused.items():
+        tensor, parts = base.find(name), base.find_parts(name)
+        there = base.shapes[tensor][0] if tensor else len({expert for expert, *_ in parts.values()})
+        if there not in (0, len(experts)):
+            raise InputError(
+                f"{adapter}: it has factors for {len(experts)} experts of {name}, but {base.name} has {there} of them; "
+                "use the base the adapter was trained on"
+            )
+        if parts and not tensor:
+            for part, (expert, rows) in parts.items():
+                settled[part.removesuffix(".weight")] = experts[expert]._replace(B=experts[expert].B[rows])
         else:
-            parts = base.find_parts(fused)
-            found = {part: index[1] for part, index in parts.items() if index[0] == int(expert[:-1])}
-            settled |= {part.removesuffix(".weight"): module._replace(B=module.B[rows]) for part, rows in found.items()}
-            if not found:
-                settled[name] = module
+            turned = bool(tensor) and _transposed(experts[0], tensor, base)
+            for expert, module in enumerate(experts):
+                settled[f"{tensor or name}[{expert}]"] = module._replace(transposed=turned)
     return settled
 
 

@@ -451,6 +451,14 @@ def bad_kinds(llama, untied, moe, folder):
             edit_config(saved("n", moe / "qwen3_moe", target_parameters=EXPERTS), rank_pattern={".*experts.*": 5}),
             "hold 12 rows, no multiple of the rank 5",
         ),
+        **{
+            f"experts of {name}": (
+                moe / name,
+                edit_config(saved(f"r{name}", moe / name, target_modules=[], target_parameters=EXPERTS), r=6),
+                r"factors for 2 experts of .*mlp.experts.*, but .* has 3 of them",
+            )
+            for name in ("qwen3_moe", "gpt_oss")
+        },
         "rank": (untied, edit_config(saved("o", untied), r=8), "rank 4 but adapter_config.json says r = 8"),
         "NaN in a saved module": (
             untied,
