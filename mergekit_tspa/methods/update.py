@@ -91,7 +91,7 @@ def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) 
         total[rows] += weight * change.difference(W[rows])
         mass[rows] += abs(weight)
     mass[mass == 0] = 1
-    return total / mass.view(*mass.shape, *[1] * (W.ndim - 1))
+    return total / mass.view(mass.shape + (1,) * (W.ndim - 1))
 
 
 class Changed(NamedTuple):
