@@ -1,9 +1,10 @@
 """Held-out losses of merged models, one row a method and one column a set of adapters.
 
-    python benchmarks/quality.py --base MODEL --scorer SCORE.py --adapters DIR [DIR ...] [-n 24]
+    python benchmarks/quality.py --base MODEL --scorer SCORE.py --adapters DIR [DIR ...] [-n 24] [--methods NAME ...]
 
-Each DIR holds one adapter per task.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED` and prints a JSON
-line with `mean_loss` per merged model; the held-out texts are its own.
+Each DIR holds one adapter per task.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED..` and prints a JSON
+line with `mean_loss` per merged model, after one for the base; the held-out texts are its own.  Every method of the
+table is run as it is, and some again with a setting that suits them; rows are sorted by the first column.
 """
 
 import argparse
@@ -11,23 +12,68 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import yaml
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-ROWS = [  # what the row is called, method, weight, parameters
-    ("factor_linear", "factor_linear", 1.0, {}),
-    ("lora_task_arithmetic", "lora_task_arithmetic", 1.0, {}),
-    ("lora_task_arithmetic, weight 0.5", "lora_task_arithmetic", 0.5, {}),
-    ("lora_task_arithmetic, weight 0.25", "lora_task_arithmetic", 0.25, {}),
-    ("tspa_lora", "tspa_lora", 1.0, {}),
-    ("tspa_lora, target_scale 2", "tspa_lora", 1.0, {"target_scale": 2.0}),
-    ("tspa_attention", "tspa_attention", 1.0, {}),
-    ("tspa", "tspa", 1.0, {}),
-    ("tspa, lora_target aligned", "tspa", 1.0, {"lora_target": "aligned"}),
-    ("tspa_pairwise", "tspa_pairwise", 1.0, {}),
+from mergekit_tspa import METHODS
+
+BATCH = 6  # merged models on disk at a time
+SETTINGS = [  # method, weight, parameters
+    ("lora_task_arithmetic", 0.5, {}),
+    ("lora_task_arithmetic", 0.25, {}),
+    ("lora_task_arithmetic", 0.5, {"rank": 8}),
+    ("lora_ties", 1.0, {"scope": "model"}),
+    ("lora_pcb", 1.0, {"scope": "model"}),
+    ("lora_pcb", 1.0, {"variant": "v1"}),
+    ("knots_ties", 1.0, {"scope": "model"}),
+    ("core_ties", 1.0, {"balance": True}),
+    ("core_tsv", 1.0, {"rank": 8}),
+    ("ctm_ties", 1.0, {"density": 0.25, "beta": 0.25}),
+    ("ctm_task_arithmetic", 0.5, {}),
+    ("lora_dare_linear", 0.5, {}),
+    ("lora_breadcrumbs", 0.5, {}),
+    ("tspa_lora", 1.0, {"target_scale": 2.0}),
+    ("tspa", 1.0, {"lora_target": "aligned"}),
 ]
+# Rules that do not depend on the basis are one method under three names.
+SAME = {f"{space}_{rule}" for space in ("knots", "core") for rule in ("task_arithmetic", "mean", "iso", "cart")}
+SAME |= {"lora_tsv", "knots_tsv"}
+
+
+def rows(only: list[str]) -> Iterator[tuple[str, float, dict]]:
+    for method, weight, parameters in [*((name, 1.0, {}) for name in METHODS), *SETTINGS]:
+        if method in only if only else method not in SAME:
+            yield method, weight, parameters
+
+
+def label(method: str, weight: float, parameters: dict) -> str:
+    changed = {"weight": weight} if weight != 1 else {}
+    return ", ".join([method, *(f"{name} {value}" for name, value in {**changed, **parameters}.items())])
+
+
+def merge(base: Path, adapters: list[Path], out: Path, method: str, weight: float, parameters: dict) -> bool:
+    """Run the stock command; False if the method refuses these adapters."""
+    models = [{"model": f"{base}+{adapter}"} for adapter in adapters]
+    config = {"merge_method": method, "models": models, "parameters": {"weight": weight, **parameters}}
+    recipe = out.with_suffix(".yml")
+    recipe.write_text(yaml.safe_dump(config))
+    try:
+        mergekit_yaml([str(recipe), str(out), "--quiet"], standalone_mode=False)
+    except Exception as error:
+        print(f"{label(method, weight, parameters)}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def score(scorer: Path, base: Path, n: int, models: list[Path]) -> list[float]:
+    """Mean losses of merged models."""
+    command = [sys.executable, scorer, "--base", base, "-n", str(n), *models]
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return [json.loads(line)["mean_loss"] for line in lines[-len(models) :]]
 
 
 def main() -> None:
@@ -35,25 +81,27 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--scorer", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
+    parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("-n", type=int, default=24)
     args = parser.parse_args()
+    todo = list(rows(args.methods))
+    losses: dict[int, list[float]] = {i: [] for i in range(len(todo))}
+    for folder in args.adapters:
+        for start in range(0, len(todo), BATCH):
+            with tempfile.TemporaryDirectory() as work:
+                done = [
+                    i
+                    for i in range(start, min(start + BATCH, len(todo)))
+                    if merge(args.base, sorted(folder.iterdir()), Path(work, str(i)), *todo[i])
+                ]
+                for i, loss in zip(done, score(args.scorer, args.base, args.n, [Path(work, str(i)) for i in done])):
+                    losses[i].append(loss)
+                    print(f"{folder.name}: {label(*todo[i])} {loss:.3f}", file=sys.stderr, flush=True)
     names = [folder.name for folder in args.adapters]
     print(f"{date.today()}, {args.n} examples a task\n")
-    print(f"| method | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    mergekit = str(Path(sys.executable).parent / "mergekit-yaml")
-    for label, method, weight, parameters in ROWS:
-        losses = []
-        for folder in args.adapters:
-            with tempfile.TemporaryDirectory() as work:
-                recipe, out = Path(work, "recipe.yml"), Path(work, "out")
-                models = [{"model": f"{args.base}+{adapter}"} for adapter in sorted(folder.iterdir())]
-                settings = {"weight": weight, **parameters}
-                recipe.write_text(yaml.safe_dump({"merge_method": method, "models": models, "parameters": settings}))
-                subprocess.run([mergekit, recipe, out, "--quiet"], check=True, capture_output=True)
-                command = [sys.executable, args.scorer, "--base", args.base, "-n", str(args.n), out]
-                lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-                losses.append(json.loads(lines[-1])["mean_loss"])
-        print(f"| {label} | {' | '.join(f'{loss:.3f}' for loss in losses)} |", flush=True)
+    print(f"| method, weight 1 unless told | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for i in sorted((i for i in losses if losses[i]), key=lambda i: losses[i][0]):
+        print(f"| {label(*todo[i])} | {' | '.join(f'{loss:.3f}' for loss in losses[i])} |")
 
 
 if __name__ == "__main__":

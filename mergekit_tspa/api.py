@@ -11,7 +11,15 @@ from mergekit_tspa.adapters.geometry import in_attention
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS, MergedUpdate, Report
 from mergekit_tspa.methods.attention import Pair, PairPlan, load_side, plan_pairs
-from mergekit_tspa.methods.base import Method, Progress, WeightPlan, check_ranks, merge_weights, plan_weight
+from mergekit_tspa.methods.base import (
+    Method,
+    Progress,
+    WeightPlan,
+    check_plans,
+    merge_weights,
+    plan_weight,
+    survey_weights,
+)
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
@@ -92,12 +100,13 @@ def merge_adapters(
         if (plan := plan_weight(row, weight, sources, bound, changes)) is not None:
             plans.append(plan)
     low_rank = [plan for plan in plans if plan.sources]
-    check_ranks(row, low_rank)
+    check_plans(row, low_rank)
     pairs = [
         Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
         for pair in _plan_pairs(row, low_rank, base, model and model.shapes, geometry)
     ]
-    updates, reports = merge_weights(row, low_rank, pairs, device, progress)
+    survey = survey_weights(row, low_rank, device)
+    updates, reports = merge_weights(row, low_rank, pairs, device, progress, survey)
     found = {plan.name: update for plan, update in zip(low_rank, updates)}
     merged = MergedAdapters({plan.name.removesuffix(".weight"): plan.finish(found.get(plan.name)) for plan in plans})
     merged.reports = reports

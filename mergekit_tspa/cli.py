@@ -1,6 +1,7 @@
 """`mergekit-tspa`: mergekit's own commands with the plugin loaded for certain, and the method table."""
 
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -35,16 +36,43 @@ def main():
 
 
 @main.command()
-def methods():
-    """Print the table of methods and their parameters."""
+@click.argument("name", required=False)
+@click.option("--markdown", is_flag=True, help="As the README has it.")
+def methods(name: str | None, markdown: bool):
+    """Print the table of methods, or all about the one called NAME."""
     from rich.console import Console
+    from rich.markdown import Markdown
     from rich.table import Table
 
-    table = Table(show_lines=True)
-    table.add_column("method", no_wrap=True)
-    table.add_column("what it does, rank of the result, paper")
-    table.add_column("parameters beside weight", no_wrap=True)
-    for method in mergekit_tspa.METHODS.values():
-        parameters = "\n".join(f"{name} = {field.default}" for name, field in method.parameter_fields().items())
-        table.add_row(method.name, f"{method.summary}\n{method.output}\n[dim]{method.paper}[/]", parameters)
-    Console().print(table)
+    from mergekit_tspa.methods import table
+
+    if markdown:
+        click.echo(table.markdown())
+        return
+    console = Console()
+    if name is not None:
+        console.print(Markdown(table.about(name)))
+        return
+    for section in table.sections():
+        drawn = Table(title=section.title, show_lines=True, title_justify="left")
+        drawn.add_column(table.plain(section.columns[0]), no_wrap=True)
+        drawn.add_column("what it does")
+        drawn.add_column("parameters besides weight, lambda, rank, pico, svc")
+        for name, what, *facts, parameters, paper in section.rows:
+            facts = [f"{column}: {fact}" for column, fact in zip(section.columns[2:], facts) if fact != "-"]
+            cells = name, "\n".join([what, *facts, paper]), parameters.replace(", `", "\n`")
+            drawn.add_row(*map(table.plain, cells))
+        console.print(drawn)
+    console.print("[bold]mergekit-tspa methods NAME[/] says what a method's parameters mean.")
+
+
+@main.command("emr-task")
+@click.argument("merged", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("task")
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write; MERGED-TASK by default.")
+@click.option("--quiet", is_flag=True, help="No progress bar.")
+def emr_task(merged: Path, task: str, out: Path | None, quiet: bool):
+    """Rebuild the model of one TASK from MERGED, the output of an emr method."""
+    from mergekit_tspa.graph.emr_task import rebuild
+
+    rebuild(merged, task, out or merged.with_name(f"{merged.name}-{Path(task).name}"), quiet)

@@ -10,9 +10,9 @@ MATHS = {"torch", "math"}
 ALLOWED = {  # room -> rooms of this package it may import
     "adapters": {"adapters", "errors"},
     "alignment": {"alignment", "errors"},
-    "spaces": {"spaces", "adapters", "errors"},
-    "rules": {"rules", "errors"},
-    "methods": {"methods", "adapters", "alignment", "spaces", "rules", "errors"},
+    "spaces": {"spaces", "adapters", "errors", "numerics"},
+    "rules": {"rules", "errors", "numerics"},
+    "methods": {"methods", "adapters", "alignment", "spaces", "rules", "errors", "numerics"},
 }
 
 

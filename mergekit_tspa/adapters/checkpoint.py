@@ -3,7 +3,7 @@
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,26 @@ _QUANTISED = re.compile(r"^(I8|U8|F8\w*|F4|torch\.(u?int8|float8\w*))$")
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a Hugging Face model directory, sharded or not, safetensors or `.bin`.
 
+    Args:
+        names: file names to look for, of the whole file or, followed by `.index.json`, of the index of its shards
+
     Raises:
         InputError: no weights there, or a damaged header.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, names: Sequence[str] = _SINGLE):
         self.directory = Path(directory)
-        self._files = self._index()
+        self._files = self._index(names)
 
-    def _index(self) -> dict[str, Path]:
-        for name in _SINGLE:
+    def _index(self, names: Sequence[str]) -> dict[str, Path]:
+        for name in names:
             index, single = self.directory / f"{name}.index.json", self.directory / name
             if index.is_file():
                 weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 return {tensor: self.directory / file for tensor, file in weights.items()}
             if single.is_file():
                 return dict.fromkeys(self._open(single).keys(), single)
-        raise InputError(f"{self.directory}: no {' or '.join(_SINGLE)} there, whole or sharded")
+        raise InputError(f"{self.directory}: no {' or '.join(names)} there, whole or sharded")
 
     def _open(self, file: Path):
         try:

@@ -64,3 +64,16 @@ def _plan_tasks(plan) -> None:
             replace_tasks(self)
 
     plan.MergePlanner._plan = _plan
+
+    to_disk = plan.MergePlanner.plan_to_disk
+
+    @functools.wraps(to_disk)
+    def plan_to_disk(self, out_path):
+        tasks = to_disk(self, out_path)
+        if _ours(self.config.merge_method):
+            from mergekit_tspa.graph.plan import record_tasks
+
+            tasks += record_tasks(self, out_path)
+        return tasks
+
+    plan.MergePlanner.plan_to_disk = plan_to_disk

@@ -1,5 +1,6 @@
 """Replace mergekit's dense tasks of a planned merge by ours."""
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from functools import cache
 
 from mergekit import common
 from mergekit.common import ModelReference
-from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
@@ -15,10 +17,22 @@ from mergekit_tspa.adapters import AttentionGeometry, Checkpoint, Index
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.method import dense_message
 from mergekit_tspa.graph.reference import AdapterReference
-from mergekit_tspa.graph.tasks import ApplyUpdates, Chunk, LoadSide, MergeChunk, Part, SideSource, TakeUpdate
+from mergekit_tspa.graph.tasks import (
+    ApplyUpdates,
+    Chunk,
+    FinishRecords,
+    LoadSide,
+    MergeChunk,
+    Part,
+    SaveRecord,
+    SideSource,
+    Survey,
+    TakeUpdate,
+)
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.attention import PairPlan, plan_pairs
-from mergekit_tspa.methods.base import WeightPlan, check_ranks, plan_weight
+from mergekit_tspa.methods.base import WeightPlan, check_plans, plan_weight, surveys
+from mergekit_tspa.methods.emr import DESCRIPTION, RECORDS
 
 LOG = logging.getLogger(__name__)
 
@@ -68,7 +82,7 @@ def replace_tasks(planner: MergePlanner) -> None:
             _refuse_dense(method, weight.name, task)
     _check_touched(touched)
     plans = {plan.name: plan for planned in parts.values() for _, plan in planned if plan.sources}
-    check_ranks(method, [*plans.values()])
+    check_plans(method, [*plans.values()])
     loads = {name: base.model_copy(update={"dtype": None}) for name, base in bases.items()}
     pairs = []
     if method.attention:
@@ -80,9 +94,14 @@ def replace_tasks(planner: MergePlanner) -> None:
     units = _units(plans, pairs, labels)
     if options.multi_gpu:
         budget = min(budget, 1 + sum(unit.nbytes for unit in units) // max(1, common.get_torch_accelerator_count()))
+    survey = None
+    if surveys(method, [*plans.values()]):
+        survey = Survey(chunk=Chunk(method, [*plans.values()], [], "\0"), device=device)
+    if method.output == "dense":
+        budget = 0  # an update is as large as its weight: one at a time
     updates: dict[str, TakeUpdate] = {}
     for chunk in _chunks(units, budget):
-        merge = _merge_task(method, chunk, loads, device, options.quiet)
+        merge = _merge_task(method, chunk, loads, survey, device, options.quiet)
         for index, plan in enumerate(merge.chunk.plans):
             updates[plan.name] = TakeUpdate(merge=merge, index=index, label=labels[plan.name])
 
@@ -200,7 +219,12 @@ def _chunks(units: Sequence[_Unit], budget: int) -> Iterator[list[_Unit]]:
 
 
 def _merge_task(
-    method: Method, units: Sequence[_Unit], loads: dict[str, LoadTensor], device: str | None, quiet: bool
+    method: Method,
+    units: Sequence[_Unit],
+    loads: dict[str, LoadTensor],
+    survey: Survey | None,
+    device: str | None,
+    quiet: bool,
 ) -> MergeChunk:
     plans, pairs = ([item for unit in units for item in getattr(unit, part)] for part in ("plans", "pairs"))
     # Solvers run before the first tensor is written ("\0" sorts first): a failure leaves no files, and the executor
@@ -212,4 +236,39 @@ def _merge_task(
         for side in (pair.x, pair.y)
     ]
     label = max([f"{first}{units[0].label}", *(side.source.label for side in sides)])
-    return MergeChunk(chunk=Chunk(method, plans, pairs, label), sides=tuple(sides), device=device, quiet=quiet)
+    chunk = Chunk(method, plans, pairs, label)
+    return MergeChunk(chunk=chunk, sides=tuple(sides), survey=survey, device=device, quiet=quiet)
+
+
+def record_tasks(planner: MergePlanner, out_path: str) -> list[Task]:
+    """Tasks that write what the method keeps beside the model in `out_path`; none for most methods.
+
+    Raises:
+        InputError: a tensor changes by more than one low-rank update per adapter, which is all that records hold.
+    """
+    applied = {weight.name: task for weight, task in planner._tensors if isinstance(task, ApplyUpdates)}
+    method, options = METHODS[planner.config.merge_method], planner.options
+    if method.record is None or not applied:
+        return []
+    writer = TensorWriterTask(
+        out_path=out_path, max_shard_size=options.out_shard_size, override_basename=RECORDS.removesuffix(".safetensors")
+    )
+    saved = []
+    description = {"base_model": str(planner.config.base_model), "method": method.name, "weights": {}}
+    for name, task in applied.items():
+        part = task.parts[0]
+        plan = part.plan
+        if part.index or plan.changes or any(module.magnitude is not None for module in plan.modules):
+            raise InputError(
+                f"{name}: {method.name} keeps what a task adds to each weight, and here a task does something else "
+                "(DoRA, a fused expert, or a tensor trained directly); use another method for such adapters"
+            )
+        chunk = Chunk(method, [plan], [], task.group_label() or "")
+        merge = part.update.merge
+        saved.append(SaveRecord(chunk=chunk, survey=merge.survey, writer=writer, device=merge.device))
+        adapters = [adapter.name for adapter, _ in plan.sources]
+        description["weights"][name] = {"base": task.base.tensor, "tasks": adapters}
+    finish = FinishRecords(
+        saved=tuple(saved), writer=writer, description=json.dumps(description, indent=1), file=DESCRIPTION
+    )
+    return [*saved, finish]

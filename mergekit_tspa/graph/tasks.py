@@ -2,20 +2,22 @@
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import tqdm
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import LoadTensor
+from mergekit.io.tasks import LoadTensor, TensorWriterTask
+from mergekit.io.tensor_writer import TensorWriter
 from pydantic import ConfigDict
 
 from mergekit_tspa.adapters import Index
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.methods import Dense, LowRank, Method
 from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
-from mergekit_tspa.methods.base import WeightPlan, merge_weights
+from mergekit_tspa.methods.base import WeightPlan, load_weight, merge_weights, survey_weights
 from mergekit_tspa.methods.update import apply_parts
 
 LOG = logging.getLogger(__name__)
@@ -60,17 +62,15 @@ class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
         return tuple(load_side(self.source.pair, self.source.side, read, _device(self.device)))
 
 
-class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
-    """Merge the adapters of many weights at once; their factors are in memory already."""
+class Survey(Task[dict], frozen=True):
+    """Statistics of the adapters over all weights, for methods whose thresholds are those of the whole model."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
-    chunk: Chunk
-    sides: tuple[LoadSide, ...]  # of each pair x, y
+    chunk: Chunk  # all weights
     device: str | None
-    quiet: bool
 
     def arguments(self) -> dict[str, Task]:
-        return {str(i): side for i, side in enumerate(self.sides)}
+        return {}
 
     def group_label(self) -> str:
         return self.chunk.label
@@ -78,12 +78,37 @@ class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
     def uses_accelerator(self) -> bool:
         return True
 
-    def execute(self, **grams: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
+    def execute(self) -> dict:
+        with torch.no_grad():
+            return dict(survey_weights(self.chunk.method, self.chunk.plans, _device(self.device)))
+
+
+class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
+    """Merge the adapters of many weights at once; their factors are in memory already."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    chunk: Chunk
+    sides: tuple[LoadSide, ...]  # of each pair x, y
+    survey: Survey | None
+    device: str | None
+    quiet: bool
+
+    def arguments(self) -> dict[str, Task]:
+        sides = {str(i): side for i, side in enumerate(self.sides)}
+        return sides | ({"survey": self.survey} if self.survey else {})
+
+    def group_label(self) -> str:
+        return self.chunk.label
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, survey: dict | None = None, **grams: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
         sides = [SideGrams(*grams[str(i)]) for i in range(len(self.sides))]
         pairs = [Pair(*parts) for parts in zip(self.chunk.pairs, sides[::2], sides[1::2])]
         with torch.no_grad(), _Bar(self.quiet) as bar:
             updates, reports = merge_weights(
-                self.chunk.method, self.chunk.plans, pairs, _device(self.device), bar.update
+                self.chunk.method, self.chunk.plans, pairs, _device(self.device), bar.update, survey
             )
         for report in reports:
             LOG.info("%s", report)
@@ -141,6 +166,55 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True):
             parts.append((part.index, part.plan.finish(update)))
         with torch.no_grad():
             return apply_parts(W, parts, dtype_from_name(self.dtype) or W.dtype)
+
+
+class SaveRecord(Task[None], frozen=True):
+    """Write what the method keeps of a weight beside the model, such as EMR's masks."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    chunk: Chunk  # of one weight
+    survey: Survey | None
+    writer: TensorWriterTask
+    device: str | None
+
+    def arguments(self) -> dict[str, Task]:
+        return {"writer": self.writer} | ({"survey": self.survey} if self.survey else {})
+
+    def group_label(self) -> str:
+        return self.chunk.label
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, writer: TensorWriter, survey: dict | None = None) -> None:
+        (plan,) = self.chunk.plans
+        with torch.no_grad():
+            w = load_weight(self.chunk.method, plan, _device(self.device))._replace(survey=survey)
+            if not w.factors:
+                return
+            adapters = [adapter for adapter, _ in plan.sources]
+            tasks = torch.tensor([adapters.index(adapter) for adapter in w.adapters])
+            for key, tensor in {"tasks": tasks, **self.chunk.method.record(w)}.items():
+                writer.save_tensor(f"{plan.name}.{key}", tensor.cpu())
+
+
+class FinishRecords(Task[None], frozen=True):
+    """Close the records and say in words what they belong to."""
+
+    saved: tuple[SaveRecord, ...]
+    writer: TensorWriterTask
+    description: str  # JSON
+    file: str
+
+    def arguments(self) -> dict[str, Task]:
+        return {"writer": self.writer} | {str(i): task for i, task in enumerate(self.saved)}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, writer: TensorWriter, **_saved: None) -> None:
+        writer.finalize()
+        Path(writer.out_path, self.file).write_text(self.description, encoding="utf-8")
 
 
 def _device(device: str | None) -> torch.device:

@@ -2,11 +2,26 @@
 
 from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear_method
-from mergekit_tspa.methods.task_arithmetic import lora_task_arithmetic
+from mergekit_tspa.methods.lora_lego import lora_lego_method
+from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
+from mergekit_tspa.methods.rotation import rotation_method
+from mergekit_tspa.methods.space_rule import SPACE_RULE_METHODS
+from mergekit_tspa.methods.svd_cur import svd_cur_method
 from mergekit_tspa.methods.tspa import TSPA_METHODS
 from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
 
-METHODS: dict[str, Method] = {m.name: m for m in (*TSPA_METHODS, lora_task_arithmetic, factor_linear_method)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *TSPA_METHODS,
+        svd_cur_method,
+        *ROBUSTMERGE_METHODS,
+        lora_lego_method,
+        rotation_method,
+        factor_linear_method,
+        *SPACE_RULE_METHODS,
+    )
+}
 
 __all__ = [
     "METHODS",

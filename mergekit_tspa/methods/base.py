@@ -2,7 +2,8 @@
 
 import difflib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,11 @@ from pydantic.fields import FieldInfo
 from mergekit_tspa.adapters import Adapter, Change, LoraFactors, LoraModule
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods.pico import at_mean_norm, pico
+from mergekit_tspa.methods.svc import svc
 from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
+
+LOG = logging.getLogger(__name__)
 
 
 class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
@@ -22,6 +27,18 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
     rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
+
+
+class OneByOneParameters(Parameters):
+    """What may come before and after a closed formula that looks at one weight at a time."""
+
+    pico: bool = Field(False, description="before merging, damp the output directions that adapters share (Pico)")
+    svc: bool = Field(False, description="after merging, calibrate singular values that several adapters count (SVC)")
+
+    def own(self) -> dict[str, Any]:
+        """The method's own parameters, as its function takes them."""
+        shared = OneByOneParameters.model_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
 
 
 class WeightInputs(NamedTuple):
@@ -32,6 +49,7 @@ class WeightInputs(NamedTuple):
     weights: Sequence[float]  # a_t, never 0
     parameters: Parameters
     adapters: Sequence[Adapter] = ()  # whose factors they are
+    survey: Mapping[Adapter, torch.Tensor] | None = None  # statistics over the whole model, where they are wanted
 
     def generator(self, seed: int, *names: str) -> torch.Generator:
         """A source of randomness that depends on the seed and on names only, not on the order of execution."""
@@ -67,6 +85,7 @@ class Report(NamedTuple):
         )
 
 
+Output = Literal["largest rank", "sum of ranks", "parameter rank", "k + n c", "clusters", "dense"]  # rank of an update
 Progress = Callable[[str, float], None]  # what is being solved, and which fraction of it is done
 
 
@@ -90,12 +109,18 @@ class Method:
     summary: str
     paper: str
     url: str
-    output: Literal["largest rank", "sum of ranks"]  # rank of the result
+    output: Output
     merge: Callable[[Sequence[WeightInputs], Sequence["Pair"], Progress], Merged]  # noqa: F821
     parameters: type[Parameters] = Parameters
     min_weight: float = float("-inf")  # smallest `weight` the method is defined for
     attention: bool = False  # looks at attention products, hence at the base's weights
     solves: bool = False  # iterates, so that it is done, and can fail, before anything is written
+    survey: Callable[[Callable[[], Iterable[WeightInputs]]], Mapping[Adapter, torch.Tensor]] | None = None
+    record: Callable[[WeightInputs], dict[str, torch.Tensor]] | None = None  # what is written beside the model
+    elects: bool = False  # lets the adapters vote on signs
+    equal_ranks: bool = False  # of all adapters of a weight
+    check: Callable[[Sequence["WeightPlan"]], None] = lambda plans: None  # refuses ranks that it cannot merge
+    drops_zeros: bool = True  # an adapter whose update of a weight is zero takes no part in that weight
 
     def bind(self, values: Mapping[str, Any]) -> Parameters:
         """Validated parameters; unknown names and values out of range are one sentence."""
@@ -106,7 +131,8 @@ class Method:
             return self.parameters(**values)
         except ValidationError as error:
             first = error.errors()[0]
-            raise InputError(f"{self.name}: parameter {first['loc'][0]}: {first['input']!r}: {first['msg']}") from error
+            where = f"parameter {first['loc'][0]}: {first['input']!r}: " if first["loc"] else ""
+            raise InputError(f"{self.name}: {where}{first['msg']}") from error
 
     def parameter_fields(self) -> dict[str, FieldInfo]:
         """The parameters by their recipe names."""
@@ -127,6 +153,10 @@ class WeightPlan(NamedTuple):
     weights: Sequence[float]
     parameters: Parameters
     changes: Sequence[tuple[Change, float]] = ()  # of adapters that trained it directly, and their weights
+
+    @property
+    def ranks(self) -> list[int]:
+        return [module.rank for module in self.modules]
 
     @property
     def nbytes(self) -> int:
@@ -174,15 +204,61 @@ def plan_weight(
     return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters, changed)
 
 
-def check_ranks(method: Method, plans: Sequence[WeightPlan]) -> None:
-    """Refuse a `rank` that no weight's merged factors carry; those that carry less stay as they are."""
-    asked = [plan for plan in plans if plan.parameters.rank is not None]
-    ranks = [[module.rank for module in plan.modules] for plan in asked]
-    carried = max((sum(r) if method.output == "sum of ranks" else max(r) for r in ranks), default=0)
-    if asked and min(plan.parameters.rank for plan in asked) > carried:
-        raise InputError(
-            f"rank {asked[0].parameters.rank}: the merged factors carry rank {carried} at most; leave it out"
+def check_plans(method: Method, plans: Sequence[WeightPlan]) -> None:
+    """What can be said of a whole merge before a factor is loaded.
+
+    Raises:
+        InputError: a `rank` that no weight's merged update carries (those that carry less stay as they are),
+            unequal ranks where the method needs equal ones, statistics over the model with parameters that vary.
+    """
+    method.check(plans)
+    carried = 0
+    for plan in plans:
+        if method.equal_ranks and len(set(plan.ranks)) > 1:
+            raise InputError(
+                f"{plan.name}: {method.name} needs adapters of equal rank, and these have {plan.ranks}; use a method "
+                "without that need (mergekit-tspa methods)"
+            )
+        shape = plan.modules[0].shape
+        total = max(plan.ranks) if method.output == "largest rank" else sum(plan.ranks)
+        carried = max(carried, min(shape) if method.output == "dense" else min(total, *shape))
+    asked = [plan.parameters.rank for plan in plans if plan.parameters.rank is not None]
+    if len(asked) == len(plans) and asked and min(asked) > carried:
+        raise InputError(f"rank {min(asked)}: the merged updates carry rank {carried} at most; leave it out")
+    if surveys(method, plans) and any(plan.parameters != plans[0].parameters for plan in plans):
+        raise InputError(f"{method.name}: scope: model needs the same parameters for all weights; only weight may vary")
+    if method.elects and (mixed := next((plan for plan in plans if min(plan.weights) < 0 < max(plan.weights)), None)):
+        LOG.warning(
+            "%s: weights of both signs (%s: %s): an adapter of negative weight votes, and counts, with the opposite "
+            "of its update",
+            *(method.name, mixed.name, ", ".join(f"{weight:g}" for weight in mixed.weights)),
         )
+
+
+def surveys(method: Method, plans: Sequence[WeightPlan]) -> bool:
+    """Whether the method asks for statistics over all weights before it merges the first."""
+    return method.survey is not None and any(plan.parameters.scope == "model" for plan in plans)
+
+
+def survey_weights(
+    method: Method, plans: Sequence[WeightPlan], device: torch.device | str | None = None
+) -> Mapping[Adapter, torch.Tensor] | None:
+    """The method's statistics over the whole model, or None if it wants none."""
+    if not surveys(method, plans):
+        return None
+    return method.survey(lambda: (w for w in (load_weight(method, plan, device) for plan in plans) if w.factors))
+
+
+def load_weight(method: Method, plan: WeightPlan, device: torch.device | str | None) -> WeightInputs:
+    """Load the factors of a weight in float32, without adapters whose update is zero."""
+    loaded = [
+        (adapter.factors(module, device=device), weight, adapter)
+        for (adapter, module), weight in zip(plan.sources, plan.weights)
+    ]
+    if method.drops_zeros:
+        loaded = [part for part in loaded if part[0].B.any() and part[0].A.any()]
+    factors, weights, adapters = zip(*loaded) if loaded else ((), (), ())
+    return WeightInputs(plan.name, factors, weights, plan.parameters, adapters)
 
 
 def merge_weights(
@@ -191,32 +267,62 @@ def merge_weights(
     pairs: Sequence["Pair"] = (),  # noqa: F821
     device: torch.device | str | None = None,
     progress: Progress = lambda stage, done: None,
+    survey: Mapping[Adapter, torch.Tensor] | None = None,
 ) -> Merged:
-    """Load the factors of all plans in float32, merge them, and check that the updates are finite."""
-    inputs = [
-        WeightInputs(
-            plan.name,
-            [adapter.factors(module, device=device) for adapter, module in plan.sources],
-            plan.weights,
-            plan.parameters,
-            [adapter for adapter, _ in plan.sources],
-        )
-        for plan in plans
-    ]
-    merged = method.merge(inputs, pairs, progress)
-    for i, (plan, update) in enumerate(zip(plans, merged.updates)):
+    """Load the factors of all plans, merge them, and check that the updates are finite."""
+    inputs = [load_weight(method, plan, device)._replace(survey=survey) for plan in plans]
+    _warn_of_zeros(plans, inputs)
+    changed = [w for w in inputs if w.factors]
+    merged = method.merge(changed, pairs, progress)
+    updates = dict(zip((w.name for w in changed), merged.updates))
+    for plan in plans:
+        update = updates.setdefault(plan.name, _zero(plan, device))
         if not all(torch.isfinite(t).all() for t in update):
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
         if (plan.parameters.rank or update.rank) < update.rank:
-            merged.updates[i] = update.truncated(plan.parameters.rank)
-    return merged
+            updates[plan.name] = update.truncated(plan.parameters.rank)
+    return merged._replace(updates=[updates[plan.name] for plan in plans])
 
 
-def one_by_one(rule: Callable[[WeightInputs], LoraFactors]):
-    """`Method.merge` of a closed formula that looks at one weight at a time."""
+def _warn_of_zeros(plans: Sequence[WeightPlan], inputs: Sequence[WeightInputs]) -> None:
+    dropped: dict[Adapter, list[str]] = {}
+    for plan, w in zip(plans, inputs):
+        for adapter, _ in plan.sources:
+            if adapter not in w.adapters:
+                dropped.setdefault(adapter, []).append(plan.name)
+    for adapter, names in dropped.items():
+        LOG.warning(
+            "%s: its update of %d weights is zero, %s among them; it takes no part there",
+            *(adapter.name, len(names), names[0]),
+        )
+
+
+def _zero(plan: WeightPlan, device: torch.device | str | None) -> LowRank:
+    d_out, d_in = plan.modules[0].shape
+    return LowRank(torch.zeros(d_out, 1, device=device), torch.zeros(1, d_in, device=device))
+
+
+def one_by_one(rule: Callable[[WeightInputs], LoraFactors | Dense]):
+    """`Method.merge` of a closed formula that looks at one weight at a time, with `OneByOneParameters` or without."""
+
+    def merge_one(w: WeightInputs) -> LowRank | Dense:
+        p = w.parameters
+        before, after = getattr(p, "pico", False), getattr(p, "svc", False)
+        update = rule(w._replace(factors=pico(w.factors)) if before else w)
+        update = update if isinstance(update, Dense) else LowRank(*update)
+        if before or after:
+            weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
+            update = at_mean_norm(update, weighted) if before else update
+            update = svc(update, weighted) if after else update
+        return update.scaled(p.lambda_)
 
     def merge(inputs: Sequence[WeightInputs], pairs: Sequence, progress: Progress) -> Merged:
-        return Merged([LowRank(*rule(w).scaled(w.parameters.lambda_)) for w in inputs], [])
+        updates = []
+        for i, w in enumerate(inputs):
+            if len(inputs) > 1:
+                progress("merging", i / len(inputs))
+            updates.append(merge_one(w))
+        return Merged(updates, [])
 
     return merge

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.methods.base import Method, one_by_one
+from mergekit_tspa.methods.base import Method, OneByOneParameters, one_by_one
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.factor import encode
 
@@ -27,4 +27,5 @@ factor_linear_method = Method(
     url="https://huggingface.co/docs/peft/developer_guides/model_merging",
     output="largest rank",
     merge=one_by_one(lambda w: factor_linear(w.factors, w.weights)),
+    parameters=OneByOneParameters,
 )

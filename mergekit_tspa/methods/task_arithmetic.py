@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.methods.base import Method, one_by_one
 
 
 def task_arithmetic(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
@@ -16,14 +15,3 @@ def task_arithmetic(factors: Sequence[LoraFactors], weights: Sequence[float]) ->
     B = torch.cat([a * f.B for f, a in zip(factors, weights)], dim=1)  # (d_out, sum r)
     A = torch.cat([f.A for f in factors], dim=0)  # (sum r, d_in)
     return LoraFactors(B, A)
-
-
-lora_task_arithmetic = Method(
-    name="lora_task_arithmetic",
-    title="Task arithmetic",
-    summary="exact weighted sum of the updates",
-    paper="Ilharco et al., 2022",
-    url="https://arxiv.org/abs/2212.04089",
-    output="sum of ranks",
-    merge=one_by_one(lambda w: task_arithmetic(w.factors, w.weights)),
-)

@@ -159,6 +159,7 @@ _PAPER = {
     "output": "largest rank",
     "min_weight": 0.0,
     "solves": True,
+    "drops_zeros": False,  # the mean it aims at counts every adapter
 }
 TSPA_METHODS = (
     Method(

@@ -158,12 +158,29 @@ def test_one_adapter_is_peft_s_own_merge(kind, request, moe, tmp_path):
     check(got, peft_merged(base, adapter))
 
 
-@pytest.mark.parametrize("method", ["factor_linear", "tspa", "tspa_attention", "tspa_lora", "tspa_pairwise"])
-def test_one_adapter_comes_back_from_every_method(method, untied, tmp_path):
+@pytest.mark.parametrize(
+    "method, parameters",
+    [
+        *((method, {}) for method in ("factor_linear", "tspa", "tspa_attention", "tspa_lora", "tspa_pairwise")),
+        ("knots_mean", {}),
+        ("core_dare_linear", {"density": 1.0}),
+        ("lora_ties", {"density": 1.0}),
+    ],
+)
+def test_one_adapter_comes_back_from_every_family(method, parameters, untied, tmp_path):
     config = {"use_dora": True, "init_lora_weights": "pissa", "modules_to_save": ["lm_head"], "bias": "all"}
     adapter = save_adapter(untied, tmp_path / "a", target_modules=["q_proj", "k_proj", "down_proj"], **config)
-    got = merged_tensors(recipe(method, untied, [adapter]), tmp_path / "out")
+    got = merged_tensors(recipe(method, untied, [adapter], parameters=parameters), tmp_path / "out")
     check(got, peft_merged(untied, adapter), 1e-5)
+
+
+def test_records_of_emr_hold_low_rank_updates_only(untied, moe, tmp_path):
+    kinds = [(untied, {"use_dora": True}), (untied, {"bias": "all"}), (moe / "gpt_oss", {"target_parameters": EXPERTS})]
+    for i, (base, config) in enumerate(kinds):
+        adapter = save_adapter(base, tmp_path / str(i), **config)
+        result = merge(recipe("lora_emr", base, [adapter]), tmp_path / "out")
+        assert result.exit_code == 1 and "use another method for such adapters" in result.output
+        assert not (tmp_path / "out").exists()
 
 
 def test_recipe_and_python_entry_agree(untied, tmp_path):

@@ -1,54 +1,14 @@
-"""Task arithmetic and the factor sum against published outputs and against their own definitions."""
-
-import json
+"""Task arithmetic and the factor sum, and what every method has in common."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from mergekit_tspa import METHODS, InputError, LoraFactors, merge_adapters
 from mergekit_tspa.methods.factor_linear import factor_linear
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
-from tests.conftest import FIXTURES, relative_error
-
-
-def published(name: str):
-    """Inputs and outputs of a reference file: `{layer: [factors]}`, `{layer: delta}`, and the passed options."""
-    case = name.split(".")[-1]
-    inputs = load_file(FIXTURES / f"inputs.{case}.safetensors")
-    file = FIXTURES / f"{name}.safetensors"
-    with safe_open(file, "pt") as opened:
-        config = json.loads(opened.metadata()["config"])
-    scales = config["scaling"]
-    factors = {
-        layer: [
-            LoraFactors(inputs[f"in.{layer}.{t}.B"], inputs[f"in.{layer}.{t}.A"]).scaled(
-                scales[t] if isinstance(scales, list) else scales
-            )
-            for t in range(4)
-        ]
-        for layer in ("l0", "l1")
-    }
-    outputs = load_file(file)
-    return factors, {layer: outputs[f"out.{layer}.delta"] for layer in factors}, config["weights"]
-
-
-@pytest.mark.parametrize(
-    "name, rule",
-    [
-        ("peft_linear.hom8", factor_linear),
-        ("peft_linear_negw.hom8", factor_linear),
-        ("peft_cat.het", task_arithmetic),
-        ("peft_cat_negw.hom8", task_arithmetic),
-    ],
-)
-def test_equals_published_output(name, rule):
-    factors, deltas, weights = published(name)
-    for layer, delta in deltas.items():
-        assert relative_error(rule(factors[layer], weights).dense(), delta) < 1e-5
+from tests.conftest import relative_error
 
 
 def random_factors(ranks, seed=0, d_out=12, d_in=10):
@@ -87,24 +47,49 @@ def test_factor_sum_pads_smaller_ranks():
     torch.testing.assert_close(merged.B, B)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# Settings with which a method leaves a single adapter as it is; None where it does not by its nature.
+KEEPS_ALL = {
+    "ties": {"density": 1.0},
+    "magnitude_prune": {"density": 1.0},
+    "dare_linear": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "della": None,
+    "breadcrumbs": {"density": 1.0, "gamma": 0.0},
+    "iso": None,
+    "pcb": None,
+    "robustmerge": {"density": 1.0, "lambda": 1.0},
+    "robustmerge_code": {"density": 1.0, "lambda": 1.0},
+}
+
+
+def rule_of(method: str) -> str:
+    return method if method in KEEPS_ALL else method.split("_", 1)[-1]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if KEEPS_ALL.get(rule_of(m), {}) is not None])
 def test_one_adapter_comes_back_as_itself(method):
     (f,) = random_factors([3])
-    update = merge_adapters(method, [{"m": (f.B, f.A)}])["m"]
+    update = merge_adapters(method, [{"m": (f.B, f.A)}], **KEEPS_ALL.get(rule_of(method), {}))["m"]
     assert relative_error(update.dense(), f.dense()) < 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+DETERMINISTIC = [m for m in METHODS if "dare" not in m and "della" not in m]
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not METHODS[m].equal_ranks])
 def test_lambda_weight_and_order(method):
     f, g, h = ({"m": (x.B, x.A), "n": (x.B, x.A)} for x in random_factors([3, 3, 2]))
     h = {"m": h["m"]}
     merge = lambda adapters, weights, **p: merge_adapters(method, adapters, weights, **p)  # noqa: E731
-    full = merge([f, g, h], [1.0, 0.5, 0.7])
+    full = merge([f, g, h], [1.0, 0.5, 0.7], lambda_=1.0)
     assert set(full) == {"m", "n"}
     half = merge([f, g, h], [1.0, 0.5, 0.7], lambda_=0.5)
-    turned = merge([h, f, g], [0.7, 1.0, 0.5])
     for module in full:
         assert relative_error(half[module].dense(), 0.5 * full[module].dense()) < 1e-5
+    if method not in DETERMINISTIC:
+        return  # draws depend on the adapters' names, here their places
+    turned = merge([h, f, g], [0.7, 1.0, 0.5], lambda_=1.0)
+    for module in full:
         assert relative_error(turned[module].dense(), full[module].dense()) < 1e-3
     absent = merge([f, g], [1.0, 0.5])
     zero = merge([f, g, h], [1.0, 0.5, 0.0])

@@ -1,0 +1,28 @@
+"""SVC, after a merge: singular values that several adapters count are calibrated (arXiv 2602.05536)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.adapters.factors import nonzero
+from mergekit_tspa.methods.update import Dense, LowRank
+
+ROUNDING = 1e-6  # of float32 factors; an adapter's smaller response to a direction is none
+
+
+def svc(update: LowRank | Dense, factors: Sequence[LoraFactors], floor: float = 1.0) -> LowRank | Dense:
+    """`S_j <- S_j / mean_t max(s_jt, floor)` for the merged `D = U S V^T`, with the share of each weighted adapter
+    `s_jt = <u_j^T D, u_j^T D_t> / ||u_j^T D_t||^2`.
+
+    `floor` is the share of a direction that only one adapter has: 1 if the rule is a sum.  Then orthogonal adapters
+    stay as they are, and the sum of n equal adapters becomes one of them.
+    """
+    U, S, Vh = update.svd()  # (d_out, k), (k,), (k, d_in)
+    shares = []
+    for f in (factors[t] for t in nonzero(factors)):
+        response = (U.mT @ f.B.double()) @ f.A.double()  # (k, d_in), rows u_j^T D_t
+        size = response.norm(dim=1)
+        share = S * (Vh * response).sum(1) / size.square()
+        shares.append(torch.where(size > ROUNDING * f.norm(), share, 0.0).clamp(min=floor))
+    return update.rebuilt(U, S / torch.stack(shares).mean(0), Vh)

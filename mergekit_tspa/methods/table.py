@@ -1,0 +1,149 @@
+"""The method table as text: what `mergekit-tspa methods` and the README show."""
+
+import difflib
+import re
+from typing import Literal, NamedTuple, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods.base import Method, OneByOneParameters, Parameters
+from mergekit_tspa.methods.rules import RULES
+from mergekit_tspa.methods.space_rule import FACTOR_RULES, SPACES
+
+_RANKS = {"parameter rank": "`rank`", "dense": "full (dense)"}
+
+
+class Section(NamedTuple):
+    """One table; cells are Markdown."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def sections() -> list[Section]:
+    """Methods of their own, then the rules and the spaces that make the other ones."""
+    combined = {f"{space.name}_{rule.name}" for space in SPACES for rule in RULES}
+    combined |= {f"factor_{name}" for name in FACTOR_RULES}
+    own = [method for name, method in METHODS.items() if name not in combined]
+    return [
+        Section(
+            "Methods of their own",
+            ("`merge_method`", "what it does", "needs", "rank of the result", "own parameters", "paper"),
+            [_method_row(method) for method in own],
+        ),
+        Section(
+            "A rule in a space, `<space>_<rule>`: the rules",
+            ("rule", "what it does with the updates", "spaces", "own parameters", "paper"),
+            [
+                (
+                    f"`_{rule.name}`",
+                    rule.summary,
+                    "all" if rule.name in FACTOR_RULES else "all but `factor_`",
+                    _parameters(rule.parameters),
+                    _paper(rule.paper, rule.url),
+                )
+                for rule in RULES
+            ],
+        ),
+        Section(
+            "The spaces",
+            ("space", "where the updates are compared", "rank of the result", "own parameters", "paper"),
+            [
+                (
+                    f"`{space.name}_`",
+                    space.summary,
+                    _RANKS.get(space.output, space.output),
+                    _parameters(space.parameters),
+                    _paper(space.paper, space.url) if space.paper else "-",
+                )
+                for space in SPACES
+            ]
+            + [
+                (
+                    "`factor_`",
+                    "all `B` and all `A` apart, as PEFT does; contains cross terms `B_t A_u`; equal ranks",
+                    "largest rank",
+                    "-",
+                    _paper("PEFT", "https://huggingface.co/docs/peft/developer_guides/model_merging"),
+                )
+            ],
+        ),
+    ]
+
+
+def markdown() -> str:
+    """All sections as Markdown tables."""
+    parts = []
+    for title, columns, rows in sections():
+        lines = [f"**{title}**", "", _line(columns), "|" + "---|" * len(columns), *map(_line, rows)]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def plain(cell: str) -> str:
+    """A cell without its Markdown."""
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "")
+
+
+def about(name: str) -> str:
+    """One method in full, as Markdown.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=3)
+        raise InputError(f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else ""))
+    method = METHODS[name]
+    lines = [f"**{method.name}**: {method.title}", "", f"{method.summary}. {_paper(method.paper, method.url)}", ""]
+    lines += [f"- needs: {_needs(method)}", f"- rank of the result: {_RANKS.get(method.output, method.output)}"]
+    lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
+    lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
+    return "\n".join(lines)
+
+
+def describe(field: FieldInfo) -> str:
+    """Default and range of a parameter, such as `0.2 in (0, 1]`."""
+    text = "none" if field.default is None else str(field.default).lower()
+    if get_origin(field.annotation) is Literal:
+        return " or ".join([text, *(str(v) for v in get_args(field.annotation) if v != field.default)])
+    limits = {key: getattr(b, key) for b in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(b, key)}
+    low = f"[{limits['ge']:g}" if "ge" in limits else f"({limits['gt']:g}" if "gt" in limits else None
+    high = f"{limits['le']:g}]" if "le" in limits else f"{limits['lt']:g})" if "lt" in limits else None
+    if low and high and max(limits.values()) < 1e5:
+        return f"{text} in {low}, {high}"
+    return f"{text} {'from' if low[0] == '[' else 'above'} {low[1:]}" if low else text
+
+
+def _method_row(method: Method) -> tuple[str, ...]:
+    return (
+        f"`{method.name}`",
+        method.summary,
+        _needs(method),
+        _RANKS.get(method.output, method.output),
+        _parameters(method.parameters),
+        _paper(method.paper, method.url),
+    )
+
+
+def _needs(method: Method) -> str:
+    needs = (("base weights", method.attention), ("equal ranks", method.equal_ranks))
+    return ", ".join(what for what, needed in needs if needed) or "-"
+
+
+def _parameters(parameters: type[Parameters]) -> str:
+    """Names with defaults and ranges, without those that every method has in the same sense."""
+    common = {field.description for field in OneByOneParameters.model_fields.values()}
+    fields = {n: f for n, f in parameters.model_fields.items() if f.description not in common}
+    return ", ".join(f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()) or "-"
+
+
+def _paper(paper: str, url: str) -> str:
+    return f"[{paper}]({url})"
+
+
+def _line(cells) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,84 @@
+"""Rules on singular values and vectors: TSV, Iso and CART.  They commute with a change of orthonormal basis."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.rules.linear import weighted_sum
+
+
+def polar(M: Tensor) -> Tensor:
+    """The partial isometry `P Q^T` of `M = P S Q^T` over its numerical range."""
+    P, S, Qh = torch.linalg.svd(M, full_matrices=False)
+    k = int(numerical_rank(S, M.shape))
+    return P[:, :k] @ Qh[:k]
+
+
+def tsv(M: Tensor, weights: Tensor, rank_per_task: int | None = None, orthogonalize: bool = True) -> Tensor:
+    """Task Singular Vectors: the leading triplets of every task, their vectors made orthogonal across tasks.
+
+    `M_t = U_t S_t V_t^T`, cut to `k` triplets; `polar([U_1|..|U_n]) diag(a_1 S_1, .., a_n S_n) polar([V_1|..|V_n])^T`.
+    No triplet below a task's numerical rank is used, where singular vectors are arbitrary, and the polar factors
+    leave out directions that the tasks share to rounding, so that equal adapters give that adapter.
+
+    Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, 2024 (arXiv 2412.00081).
+
+    Args:
+        M: (n, p, q)
+        rank_per_task: `k`, by default an equal share of the coordinates, `min(p, q) // n`
+        orthogonalize: without it the plain sum of the cut tasks
+    """
+    n, p, q = M.shape
+    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+    k = rank_per_task or max(1, min(p, q) // n)
+    kept = numerical_rank(S, M.shape).clamp(max=k).tolist()
+    if not sum(kept):
+        return torch.zeros_like(M[0])
+    left = torch.cat([u[:, :r] for u, r in zip(U, kept)], dim=1)
+    middle = torch.cat([a * s[:r] for a, s, r in zip(weights, S, kept)])
+    right = torch.cat([v[:r] for v, r in zip(Vh, kept)]).mT
+    if orthogonalize:
+        left, right = polar(left), polar(right)
+    return (left * middle) @ right.mT
+
+
+def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0) -> Tensor:
+    """Isotropic merging: the weighted sum with all its singular values replaced by their mean (Iso-C).
+
+    The mean goes over the numerical rank.  With `common_fraction` below 1 that share of the directions comes from
+    the sum and the rest, in equal parts, from what each task has outside of them (Iso-CTS).
+
+    Marczak et al., No Task Left Behind: Isotropic Model Merging, 2025 (arXiv 2502.04959).
+    """
+    n, p, q = M.shape
+    P = weights.reshape(-1, 1, 1) * M
+    U, S, Vh = torch.linalg.svd(P.sum(0), full_matrices=False)
+    rank = int(numerical_rank(S, M.shape))
+    size = min(p, q)
+    own = round((size - int(size * common_fraction)) / n)  # directions of each task
+    common = min(rank, size - own * n)
+    U, S, Vh = U[:, :common], S[:common], Vh[:common]
+    if own:
+        Ut, St, Vht = torch.linalg.svd(P - U @ (U.mT @ P), full_matrices=False)
+        kept = numerical_rank(St, M.shape).clamp(max=own).tolist()
+        U = torch.cat([*(u[:, :r] for u, r in zip(Ut, kept)), U], dim=1)
+        S = torch.cat([*(s[:r] for s, r in zip(St, kept)), S])
+        Vh = torch.cat([*(v[:r] for v, r in zip(Vht, kept)), Vh])
+    if not len(S):
+        return torch.zeros_like(M[0])
+    return S.mean() * polar(U) @ polar(Vh)
+
+
+def cart(M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1) -> Tensor:
+    """The mean and, cut to their leading directions, the tasks' distances from it.
+
+    `mu + c sum_t svd_j(M_t - mu)`, `mu = sum_t a_t M_t / sum_t |a_t|`, `j = ceil(share min(p, q))`.
+
+    Choi et al., Revisiting Weight Averaging for Model Merging, 2024 (arXiv 2412.12153).
+    """
+    mu = weighted_sum(M, weights) / weights.abs().sum()
+    U, S, Vh = torch.linalg.svd(M - mu, full_matrices=False)
+    j = math.ceil(share * min(M.shape[1:]))
+    return mu + inner * ((U[..., :j] * S[:, None, :j]) @ Vh[:, :j]).sum(0)

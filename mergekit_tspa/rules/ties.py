@@ -1,0 +1,48 @@
+"""TIES: elect a sign per entry, merge what agrees with it (Yadav et al., 2023)."""
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.rules.linear import weighted_sum
+
+
+def elect_and_merge(
+    M: Tensor,  # (n, ...), sparsified
+    weights: Tensor,  # (n,)
+    normalize: bool = True,
+    elect: str = "mass",
+    take: str = "mean",
+    weigh_after: bool = False,
+) -> Tensor:
+    """Keep the entries that agree with the elected sign `g = sgn(sum_t a_t M_t)`, and combine them.
+
+    `sum_t a_t S_t / sum_{t: S_t != 0} |a_t|`, where `S_t` is what agrees; without `normalize` the sum alone.
+    Where the votes cancel nothing is elected and the result is 0.  A negative weight votes, and counts, with the
+    opposite of its update.
+
+    Args:
+        elect: the sign of the `mass` (the sum), or of the `count` (the sum of signs; the mass decides a draw).
+        take: the `mean` as above, or the entry of the largest magnitude (`max`).
+        weigh_after: as PEFT does: elect without weights, plus where the votes cancel, and divide by the number of
+            agreeing entries.
+
+    Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (arXiv 2306.01708).
+    """
+    a = weights.reshape(-1, *(1,) * (M.ndim - 1))
+    P = a * M
+    votes = M if weigh_after else P
+    g = votes.sum(0).sign()
+    if elect == "count":
+        count = votes.sign().sum(0).sign()
+        g = torch.where(count == 0, 0 if weigh_after else g, count)
+    if weigh_after:
+        g = torch.where(g == 0, 1, g)
+    agree = (votes.sign() == g) & (g != 0)
+    S = P * agree
+    if take == "max":
+        return g * S.abs().amax(0)
+    if not normalize:
+        return S.sum(0)
+    counted = torch.ones_like(weights) if weigh_after else weights.abs()
+    total = weighted_sum(agree.to(M.dtype), counted)
+    return S.sum(0) / torch.where(total > 0, total, 1.0)

@@ -1,0 +1,35 @@
+"""Core Space: the singular bases of the stacked factors (Panariello et al., 2025)."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.spaces.basis import Basis
+from mergekit_tspa.spaces.cores import cores, svd
+
+
+def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
+    """`U` left singular vectors of `[B_1|..|B_n]`, `V` right ones of `[A_1;..;A_n]`.
+
+    Lossless.  The bases depend on how each adapter shares its scale between `B` and `A`; with `balance` every
+    adapter is first written with the singular factors of its update, and they do not.
+
+    Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, 2025 (arXiv 2509.17786).
+    """
+    c = cores([balanced(f) for f in factors] if balance else factors)
+    return Basis(c.Q_B @ _left(torch.cat(c.R_B, dim=1)), c.Q_A @ _left(torch.cat(c.R_A, dim=1)))
+
+
+def balanced(f: LoraFactors) -> LoraFactors:
+    """`(U sqrt(S), sqrt(S) V^T)` of the update's SVD `U S V^T`, the same whatever factors it came in."""
+    U, S, Vh = svd(f)
+    root = S.sqrt()
+    return LoraFactors(U * root, root[:, None] * Vh)
+
+
+def _left(R: torch.Tensor) -> torch.Tensor:
+    """Left singular vectors of the numerical range."""
+    P, S, _ = torch.linalg.svd(R, full_matrices=False)
+    return P[:, : max(1, int(numerical_rank(S, R.shape)))]

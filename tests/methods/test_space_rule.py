@@ -1,0 +1,285 @@
+"""Rules in spaces: what holds for every combination, and what is asked of a merge as a whole."""
+
+import logging
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from mergekit_tspa import METHODS, InputError, LoraFactors, merge_adapters
+from mergekit_tspa.cli import main
+from mergekit_tspa.methods import rules, space_rule
+from tests.conftest import merge, recipe, relative_error, run, save_adapter
+
+LOSSLESS = ("lora", "knots", "core")
+COMBINATIONS = [f"{space.name}_{rule.name}" for space in space_rule.SPACES for rule in rules.RULES]
+FACTOR = [f"factor_{name}" for name in space_rule.FACTOR_RULES]
+
+
+def draw(ranks, seed=0, d_out=20, d_in=14):
+    g = torch.Generator().manual_seed(seed)
+    return [{"m": LoraFactors(torch.randn(d_out, r, generator=g), torch.randn(r, d_in, generator=g))} for r in ranks]
+
+
+def dense(method, adapters, weights=None, **parameters):
+    return merge_adapters(method, adapters, weights, **parameters)["m"].dense().double()
+
+
+def test_every_combination_is_a_method():
+    assert {*COMBINATIONS, *FACTOR} <= METHODS.keys()
+
+
+@pytest.mark.parametrize("method", [*COMBINATIONS, *FACTOR])
+def test_defined_for_one_equal_opposite_and_zero_updates(method):
+    (f,) = draw([3])
+    minus = {"m": f["m"].scaled(-1.0)}
+    nothing = {"m": LoraFactors(torch.zeros(20, 3), torch.randn(3, 14))}
+    for adapters in ([f], [f, f], [f, f, f, f], [f, minus], [f, f, minus], [f, nothing], [nothing, nothing]):
+        assert dense(method, adapters).isfinite().all()
+    for other in (1.0, 0.3):
+        assert dense(method, [f, minus], [1.0, other]).isfinite().all()
+    assert not dense(method, [nothing]).any() and not dense(method, [nothing, nothing]).any()
+
+
+@pytest.mark.parametrize("method", [m for m in [*COMBINATIONS, *FACTOR] if "seed" not in METHODS[m].parameter_fields()])
+def test_a_zero_adapter_takes_no_part(method, caplog):
+    f, g = draw([3, 3])
+    nothing = {"m": LoraFactors(torch.zeros(20, 3), torch.randn(3, 14))}
+    alone = dense(method, [f, g])
+    assert "is zero" not in caplog.text
+    torch.testing.assert_close(dense(method, [f, nothing, g]), alone)
+    assert "adapter 1: its update of 1 weights is zero, m.weight among them" in caplog.text
+
+
+@pytest.mark.parametrize("space", ["lora", "knots", "core", "ctm"])
+@pytest.mark.parametrize("rule", ["mean", "ties", "emr", "tsv"])
+def test_equal_adapters_give_that_adapter(space, rule):
+    (f,) = draw([3])
+    # Their common coordinates are three, of which an equal share would be less than one triplet each.
+    parameters = {"ties": {"density": 1.0}, "tsv": {"rank_per_task": 3}}.get(rule, {})
+    assert relative_error(dense(f"{space}_{rule}", [f] * 4, **parameters), f["m"].dense()) < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["task_arithmetic", "mean", "tsv", "iso", "cart"])
+def test_rules_that_do_not_depend_on_the_basis(rule):
+    adapters = draw([3, 5, 2])
+    want = dense(f"lora_{rule}", adapters, [1.0, 0.5, 0.7])
+    for space in ("knots", "core"):
+        assert relative_error(dense(f"{space}_{rule}", adapters, [1.0, 0.5, 0.7]), want) < 1e-5
+    assert relative_error(dense(f"ctm_{rule}", adapters, [1.0, 0.5, 0.7], rank=10), want) < 1e-5
+
+
+@pytest.mark.parametrize("method", [m for m in COMBINATIONS if "seed" not in METHODS[m].parameter_fields()])
+def test_independent_of_the_gauge(method):
+    """`(B G, G^-1 A)` is the same update; Core Space sees only its balanced form alike."""
+    adapters = draw([3, 4])
+    G = draw([3], 7, 3, 3)[0]["m"].B + 3 * torch.eye(3)
+    f = adapters[0]["m"]
+    moved = [{"m": LoraFactors(f.B @ G, torch.linalg.inv(G) @ f.A)}, adapters[1]]
+    parameters = {"balance": True} if method.startswith("core") else {}
+    assert relative_error(dense(method, moved, **parameters), dense(method, adapters, **parameters)) < 1e-3
+
+
+@pytest.mark.parametrize("method", COMBINATIONS)
+def test_output_rank_is_the_promised_one(method):
+    update = merge_adapters(method, draw([3, 4]))["m"]
+    promised = {"dense": 14, "sum of ranks": 7, "parameter rank": 4}[METHODS[method].output]
+    assert update.rank <= promised
+    assert (type(update).__name__ == "Dense") == (METHODS[method].output == "dense")
+    assert merge_adapters(method, draw([3, 4]), rank=2)["m"].rank <= 2
+
+
+@pytest.mark.parametrize("method", ["lora_ties", "lora_pcb", "knots_ties", "lora_emr", "lora_breadcrumbs"])
+def test_blocks_change_nothing(method, monkeypatch):
+    adapters = draw([3, 4, 2])
+    whole = dense(method, adapters)
+    monkeypatch.setattr(rules, "BLOCK", 3 * 14)
+    assert torch.equal(dense(method, adapters), whole)
+
+
+@pytest.mark.parametrize("method", ["lora_dare_linear", "core_dare_ties", "knots_della", "factor_dare_linear"])
+def test_draws_depend_on_seed_and_names_only(method):
+    adapters = draw([3, 3])
+    once, again = (dense(method, adapters) for _ in range(2))
+    assert torch.equal(once, again)
+    assert not torch.equal(dense(method, adapters, seed=7), once)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    dense(method, adapters)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert relative_error(dense(method, [{**a, "a": a["m"]} for a in adapters]), once) == 0
+
+
+def test_dare_is_unbiased():
+    adapters = draw([3, 3])
+    merged = sum(dense("lora_dare_linear", adapters, density=0.5, seed=s) for s in range(300)) / 300
+    want = dense("lora_task_arithmetic", adapters)
+    assert (merged - want).abs().max() < 5 * want.abs().max() / 300**0.5
+
+
+def flat_ties(adapters, names, density):
+    """TIES of whole flattened models, by sorting."""
+    M = torch.stack([torch.cat([a[n].dense().flatten() for n in names]) for a in adapters])
+    kept = M.abs() >= M.abs().sort(1).values[:, [M.shape[1] - int(density * M.shape[1]) - 1]]
+    P = M * kept
+    agree = P.sign() == P.sum(0).sign()
+    merged = (P * agree).sum(0) / (agree & (P != 0)).sum(0).clamp(min=1)
+    parts = merged.split([a.shape[0] * a.shape[1] for a in adapters[0].values()])
+    return {n: part.view(adapters[0][n].shape) for n, part in zip(names, parts)}
+
+
+def test_scope_model_takes_thresholds_over_all_weights():
+    names = ["m", "n"]
+    small = draw([3, 3, 3], 1, 6, 8)
+    adapters = [{"m": a["m"], "n": b["m"].scaled(0.2)} for a, b in zip(draw([3, 3, 3]), small)]
+    want = flat_ties(adapters, names, 0.3)
+    got = merge_adapters("lora_ties", adapters, density=0.3, scope="model")
+    for n in names:
+        assert relative_error(got[n].dense(), want[n]) < 1e-6
+    tensorwise = merge_adapters("lora_ties", adapters, density=0.3)
+    assert relative_error(tensorwise["n"].dense(), want["n"]) > 0.1
+
+
+@pytest.mark.parametrize("method", [m for m in COMBINATIONS if METHODS[m].survey])
+def test_scope_model_with_adapters_of_different_modules(method):
+    a, b, c = draw([3, 3, 2])
+    merged = merge_adapters(method, [{"m": a["m"], "n": b["m"]}, {"n": c["m"]}, {"m": c["m"]}], scope="model")
+    assert all(update.dense().isfinite().all() and update.dense().any() for update in merged.values())
+    single = merge_adapters(method, [{"m": a["m"]}, {"m": b["m"]}], scope="model")
+    assert relative_error(single["m"].dense(), dense(method, [a, b])) < 1e-6
+
+
+def test_bad_input():
+    f, g = draw([3, 2])
+    for call, message in [
+        (lambda: merge_adapters("factor_ties", [f, g]), "needs adapters of equal rank"),
+        (lambda: merge_adapters("lora_ties", [f], density=0.0), "density: 0.0"),
+        (lambda: merge_adapters("lora_ties", [f], density=1.5), "density: 1.5"),
+        (lambda: merge_adapters("lora_della", [f], density=0.95), "must lie inside"),
+        (lambda: merge_adapters("ctm_ties", [f, g], rank=6), "rank 6: the merged updates carry rank 5 at most"),
+        (lambda: merge_adapters("core_tsv", [f, g], rank=6), "carry rank 5"),
+        (lambda: merge_adapters("lora_ties", [f, g], rank=15), "carry rank 14"),
+        (lambda: merge_adapters("core_mean", [f, g], [1.0, -1.0]), "add up to 0"),
+        (lambda: merge_adapters("lora_tie", [f]), "no method 'lora_tie'"),
+        (lambda: merge_adapters("core_ties", [f], rank_per_task=3), "no parameter 'rank_per_task'"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_weights_of_both_signs_are_explained(caplog):
+    f, g = draw([3, 2])
+    merge_adapters("lora_ties", [f, g], [1.0, -0.5])
+    assert "weights of both signs (m.weight: 1, -0.5)" in caplog.text
+    caplog.clear()
+    merge_adapters("lora_task_arithmetic", [f, g], [1.0, -0.5])
+    merge_adapters("lora_ties", [f, g], [-1.0, -0.5])
+    assert not caplog.text
+
+
+def adapter_updates(folder):
+    """`{base tensor: dense update}` of a saved adapter, by hand."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": 2.0
+        * tensors[f"{name}.lora_B.weight"]
+        @ tensors[f"{name}.lora_A.weight"]
+        for name in names
+    }
+
+
+def rebuild(*arguments):
+    return CliRunner().invoke(main, ["emr-task", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "space, scope, dtype",
+    [("lora", "tensor", "float32"), ("lora", "model", "float32"), ("lora", "model", "bfloat16")],
+)
+def test_emr_writes_masks_from_which_every_task_comes_back(space, scope, dtype, llama, adapters, tmp_path):
+    """`uni * mask * scale`, by the stock command and the rebuilding command; to 1e-3 of the paper's formula."""
+    zero = save_adapter(llama, tmp_path / "zero", seed=8)
+    tensors = load_file(zero / "adapter_model.safetensors")
+    key = next(k for k in tensors if "layers.0" in k and "q_proj.lora_B" in k)
+    save_file({**tensors, key: torch.zeros_like(tensors[key])}, zero / "adapter_model.safetensors")
+    both = [adapters[0], zero]
+    settings = {"parameters": {"scope": scope, "lambda": 0.5}, "dtype": dtype}
+    result = merge(recipe(f"{space}_emr", llama, both, **settings), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out/emr_masks.safetensors").is_file()
+    rebuilt = rebuild(tmp_path / "out", "zero")
+    assert rebuilt.exit_code == 0, rebuilt.output
+    base = load_file(llama / "model.safetensors")
+    got = load_file(tmp_path / "out-zero/model.safetensors")
+    updates = [adapter_updates(a) for a in both]
+    own, masked, unified = {}, {}, {}
+    for name in updates[0]:
+        M = torch.stack([u[name] for u in updates if u[name].any()])
+        g = torch.where(M.sum(0) > 0, 1.0, -1.0)
+        mask = M * g > 0
+        unified[name] = g * (M * mask).abs().amax(0), mask[-1]
+        own[name], masked[name] = M[-1].abs().mean(), (unified[name][0] * mask[-1]).abs().mean()
+    second = {name for name in updates[1] if updates[1][name].any()}
+    assert len(second) == len(updates[1]) - 1
+    for name in got:
+        if name not in second:
+            assert torch.equal(got[name].float(), base[name].to(got[name].dtype).float())
+            continue
+        uni, mask = unified[name]
+        within = second if scope == "model" else [name]
+        scale = sum(own[n] for n in within) / sum(masked[n] for n in within)
+        want = base[name] + 0.5 * uni * mask * scale
+        assert relative_error(got[name], want.to(got[name].dtype)) < 1e-3
+        if dtype == "float32":
+            assert relative_error(got[name] - base[name], want - base[name]) < 1e-3
+
+
+@pytest.mark.parametrize("space", ["knots", "core", "ctm"])
+def test_emr_in_small_coordinates(space, llama, adapters, tmp_path):
+    """By the commands as a user has them; the tasks come back closer than the unified model is to them."""
+    result = merge(recipe(f"{space}_emr", llama, adapters[:2]), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    if space == "core":
+        result = run("mergekit-tspa", "emr-task", tmp_path / "out", adapters[0], "--out", tmp_path / "out-one")
+        assert result.returncode == 0, result.stderr
+    else:
+        assert rebuild(tmp_path / "out", "one").exit_code == 0
+    base, unified, task = (load_file(f / "model.safetensors") for f in (llama, tmp_path / "out", tmp_path / "out-one"))
+    distance = {"task": 0.0, "unified": 0.0}
+    for name, update in adapter_updates(adapters[0]).items():
+        distance["task"] += (task[name] - base[name] - update).square().sum()
+        distance["unified"] += (unified[name] - base[name] - update).square().sum()
+    assert distance["task"] < distance["unified"]
+    assert not (tmp_path / "out-one/emr_masks.safetensors").exists()
+
+
+def test_emr_task_refuses_what_it_cannot_rebuild(llama, adapters, tmp_path):
+    assert merge(recipe("lora_ties", llama, adapters[:1]), tmp_path / "plain").exit_code == 0
+    result = rebuild(tmp_path / "plain", "one")
+    assert result.exit_code == 1 and "no emr_tasks.json there" in result.output
+    assert merge(recipe("knots_emr", llama, adapters[:2]), tmp_path / "emr").exit_code == 0
+    result = rebuild(tmp_path / "emr", "three")
+    assert result.exit_code == 1 and "no task is called so" in result.output
+    (tmp_path / "emr-one").mkdir()
+    result = rebuild(tmp_path / "emr", "one")
+    assert result.exit_code == 1 and "is there already" in result.output
+
+
+@pytest.mark.parametrize("method", ["lora_ties", "knots_pcb", "core_emr", "lora_dare_ties"])
+def test_recipe_and_python_agree(method, llama, adapters, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    parameters = {"scope": "model"} if METHODS[method].survey else {"seed": 5}
+    merged = merge(recipe(method, llama, adapters, parameters=parameters), tmp_path / "out")
+    assert merged.exit_code == 0, merged.output
+    got, base = load_file(tmp_path / "out/model.safetensors"), load_file(llama / "model.safetensors")
+    for module, update in merge_adapters(method, adapters, base=llama, **parameters).items():
+        name = f"{module}.weight"
+        torch.testing.assert_close(got[name], update.apply_to(base[name]), atol=1e-6, rtol=1e-5)
+
+
+def test_scope_model_refuses_parameters_that_vary(llama, adapters, tmp_path):
+    varying = {"scope": "model", "density": [{"filter": "q_proj", "value": 0.5}, {"value": 0.2}]}
+    result = merge(recipe("lora_ties", llama, adapters, parameters=varying), tmp_path / "out")
+    assert result.exit_code == 1 and "needs the same parameters for all weights" in result.output
