@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter, AttentionGeometry, Checkpoint, locate_adapter, read_adapter
+from mergekit_tspa.adapters import Adapter, AttentionGeometry, BaseModel, Checkpoint, locate_adapter, read_adapter
 from mergekit_tspa.adapters.geometry import in_attention
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS, MergedUpdate, Report
@@ -50,7 +50,7 @@ def merge_adapters(
             scale folded in.
         weights: one number per adapter, 1 by default; an adapter of weight 0 takes no part.
         base: the base model, a checkpoint directory or a mapping of tensors.  Needed by methods that look at
-            attention products; for others it only checks names and shapes.
+            attention products and by PiSSA and OLoRA adapters; for others it only checks names and shapes.
         geometry: head counts, when `base` is a mapping; a directory has them in its configuration.
         device: where the method computes; the CPU by default.
         progress: called with the name of a stage and the fraction of it that is done.
@@ -58,7 +58,9 @@ def merge_adapters(
 
     Returns:
         The update of every module that at least one adapter touches, in float32, by the module's name in the
-        base (in the adapter, without one).
+        base (in the adapter, without one); `name[3]` is expert 3 of a fused tensor.  `LowRank` and `Dense` updates
+        are there as such (`.dense()`); what DoRA and directly trained tensors do depends on the base
+        (`.apply_to(W)`).
 
     Raises:
         InputError: an unknown method or parameter, an adapter that cannot be read, shapes that differ.
@@ -82,29 +84,31 @@ def merge_adapters(
     if base is not None and not isinstance(base, Mapping):
         base = Checkpoint(base)
 
-    shapes = None
-    if base is not None:
-        shapes = base.shapes() if isinstance(base, Checkpoint) else {name: tuple(t.shape) for name, t in base.items()}
-    if base is None:
-        touched = [{f"{module}.weight": module for module in adapter.modules} for adapter in loaded]
+    model = None if base is None else BaseModel.of("the base", base)
+    if model is None:
+        touched = [adapter.tensors for adapter in loaded]
     else:
-        config = base.config() if isinstance(base, Checkpoint) else None
-        loaded, touched = zip(*(adapter.fit(shapes, "the base", config) for adapter in loaded))
+        loaded, touched = zip(*(adapter.fit(model) for adapter in loaded))
     plans = []
-    for weight in dict.fromkeys(weight for modules in touched for weight in modules):
+    names = (name for adapter, modules in zip(loaded, touched) for name in (*modules, *adapter.changes))
+    for weight in dict.fromkeys(names):
         sources = [(a, modules[weight], w) for a, modules, w in zip(loaded, touched, weights) if weight in modules]
+        changes = [(a, a.changes[weight], w) for a, w in zip(loaded, weights) if weight in a.changes]
         sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
         if len(set(sizes.values())) > 1:
             raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
-        if (plan := plan_weight(row, weight, sources, bound)) is not None:
+        if (plan := plan_weight(row, weight, sources, bound, changes)) is not None:
             plans.append(plan)
-    check_plans(row, plans)
+    low_rank = [plan for plan in plans if plan.sources]
+    check_plans(row, low_rank)
     pairs = [
         Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
-        for pair in _plan_pairs(row, plans, base, shapes, geometry)
+        for pair in _plan_pairs(row, low_rank, base, model and model.shapes, geometry)
     ]
-    updates, reports = merge_weights(row, plans, pairs, device, progress, survey_weights(row, plans, device))
-    merged = MergedAdapters({plan.name.removesuffix(".weight"): update for plan, update in zip(plans, updates)})
+    survey = survey_weights(row, low_rank, device)
+    updates, reports = merge_weights(row, low_rank, pairs, device, progress, survey)
+    found = {plan.name: update for plan, update in zip(low_rank, updates)}
+    merged = MergedAdapters({plan.name.removesuffix(".weight"): plan.finish(found.get(plan.name)) for plan in plans})
     merged.reports = reports
     return merged
 

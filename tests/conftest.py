@@ -36,13 +36,13 @@ def save_llama(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **
 
 
 def save_adapter(base: Path, path: Path, seed: int = 1, save_embedding_layers="auto", **config) -> Path:
-    """A PEFT adapter with random factors of both kinds, large enough to matter beside the base weights."""
+    """A PEFT adapter with random values of all it trains, large enough to matter beside the base weights."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | config
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if parameter.requires_grad or "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path

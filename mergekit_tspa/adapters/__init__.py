@@ -1,9 +1,25 @@
 """Adapter formats on disk, read as factors.  Format knowledge ends in this package."""
 
+from mergekit_tspa.adapters.adapter import Adapter
+from mergekit_tspa.adapters.base import BaseModel, Index
 from mergekit_tspa.adapters.checkpoint import Checkpoint
 from mergekit_tspa.adapters.factors import LoraFactors
 from mergekit_tspa.adapters.geometry import AttentionGeometry
-from mergekit_tspa.adapters.hub import locate_adapter
-from mergekit_tspa.adapters.peft_format import Adapter, read_adapter
+from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, locate_adapter
+from mergekit_tspa.adapters.modules import Change, LoraModule
+from mergekit_tspa.adapters.reader import read_adapter
 
-__all__ = ["Adapter", "AttentionGeometry", "Checkpoint", "LoraFactors", "locate_adapter", "read_adapter"]
+__all__ = [
+    "Adapter",
+    "AttentionGeometry",
+    "BaseModel",
+    "Change",
+    "Checkpoint",
+    "Index",
+    "LoraFactors",
+    "LoraModule",
+    "base_of_adapter",
+    "is_adapter",
+    "locate_adapter",
+    "read_adapter",
+]

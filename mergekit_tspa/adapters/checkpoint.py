@@ -1,8 +1,10 @@
 """A base checkpoint on disk as a mapping of tensors that are read when asked for."""
 
 import json
+import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor
 from mergekit_tspa.errors import InputError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+# As safetensors and torch spell them.
+_QUANTISED = re.compile(r"^(I8|U8|F8\w*|F4|torch\.(u?int8|float8\w*))$")
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -59,15 +63,26 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors, from the headers."""
-        shapes = {}
+    @cached_property
+    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of all tensors."""
+        headers = {}
         for file in dict.fromkeys(self._files.values()):
             opened = self._open(file)
             for name in (name for name, owner in self._files.items() if owner == file):
-                shape = opened[name].shape if isinstance(opened, dict) else opened.get_slice(name).get_shape()
-                shapes[name] = tuple(shape)
-        return shapes
+                if isinstance(opened, dict):
+                    headers[name] = tuple(opened[name].shape), str(opened[name].dtype)
+                else:
+                    tensor = opened.get_slice(name)
+                    headers[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+        return headers
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in self._headers.items()}
+
+    def quantised(self) -> set[str]:
+        """The tensors that hold integers or floats of 8 bits or fewer."""
+        return {name for name, (_, dtype) in self._headers.items() if _QUANTISED.match(dtype)}
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`, completed with the defaults of its model type where transformers knows it."""

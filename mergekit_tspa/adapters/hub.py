@@ -1,12 +1,16 @@
 """Find an adapter's directory: a local path, else a repository of the Hugging Face hub."""
 
 import os
+from pathlib import Path
 
+from mergekit_tspa.adapters.files import CONFIG_FILE, read_config
 from mergekit_tspa.errors import InputError
+
+_FILES = ["adapter_*", "adapters.safetensors"]
 
 
 def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> str:
-    """Local directory of an adapter; downloads only its `adapter_*` files when it is a hub repository.
+    """Local directory of an adapter; downloads only its adapter files when it is a hub repository.
 
     Raises:
         InputError: neither a directory nor a repository that can be reached.
@@ -14,15 +18,42 @@ def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None
     directory = os.path.expanduser(path)
     if os.path.isdir(directory):
         return directory
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local:
+    if not _may_be_repository(path):
         raise InputError(f"{path}: there is no such adapter directory")
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, revision=revision, cache_dir=cache_dir, allow_patterns=["adapter_*"])
+        return snapshot_download(path, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES)
     except Exception as error:  # network, authentication, missing repository: all mean the same to the user
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
             f"{path}: there is no such adapter directory, and it is not to be had from the hub ({reason})"
         ) from error
+
+
+def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
+    """Whether a directory or hub repository holds an adapter and no model."""
+    directory = Path(os.path.expanduser(path))
+    if directory.is_dir():
+        return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").exists()
+    if not _may_be_repository(path):
+        return False
+    from huggingface_hub import hf_hub_download
+
+    def has(file: str) -> bool:
+        try:
+            return bool(hf_hub_download(path, file, revision=revision, cache_dir=cache_dir))
+        except Exception:  # not there, or not reachable
+            return False
+
+    return has(CONFIG_FILE) and not has("config.json")
+
+
+def base_of_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
+    """The base model that an adapter's configuration names."""
+    config = read_config(Path(locate_adapter(path, revision, cache_dir)), path)
+    return config.get("base_model_name_or_path") or config.get("model")
+
+
+def _may_be_repository(path: str) -> bool:
+    return not path.startswith((".", "/", "~")) and path.count("/") == 1

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from functools import cache
 
 from mergekit import common
-from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
-from mergekit_tspa.adapters import AttentionGeometry, Checkpoint
+from mergekit_tspa.adapters import AttentionGeometry, Checkpoint, Index
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.method import dense_message
-from mergekit_tspa.graph.reference import AdapterReference, LoraLoader
+from mergekit_tspa.graph.reference import AdapterReference
 from mergekit_tspa.graph.tasks import (
-    ApplyUpdate,
+    ApplyUpdates,
     Chunk,
     FinishRecords,
     LoadSide,
     MergeChunk,
+    Part,
     SaveRecord,
     SideSource,
     Survey,
@@ -56,7 +56,7 @@ class _Unit:
 def replace_tasks(planner: MergePlanner) -> None:
     """Rewrite `planner._tensors` in place.
 
-    Every weight that an adapter touches becomes `ApplyUpdate(base tensor, its update)`; every other one
+    Every tensor that an adapter touches becomes `ApplyUpdates(base tensor, updates of its parts)`; every other one
     becomes the `LoadTensor` of the base.  Tensors whose vocabulary mergekit aligns keep their stock task.
 
     Raises:
@@ -66,18 +66,22 @@ def replace_tasks(planner: MergePlanner) -> None:
     method, options = METHODS[planner.config.merge_method], planner.options
     touched: dict[ModelReference, set[str]] = {}
     bases: dict[str, LoadTensor] = {}
-    plans: dict[str, WeightPlan] = {}
+    parts: dict[str, list[tuple[Index, WeightPlan]]] = {}  # of each tensor that changes
     for weight, task in planner._tensors:
         if isinstance(task.gather_tensors, GatherTensors):
-            bases[weight.name], sources = _inputs(task, touched)
-            plan = plan_weight(method, weight.name, sources, method.bind(dict(task.parameters.items())))
-            if plan is not None:
-                plans[plan.name] = plan
-            elif sources:
+            bases[weight.name], adapted = _inputs(weight.name, task, touched)
+            parameters = method.bind(dict(task.parameters.items()))
+            plans = [
+                (index, plan_weight(method, name, sources, parameters, changes))
+                for name, (index, sources, changes) in adapted.items()
+            ]
+            parts[weight.name] = [(index, plan) for index, plan in plans if plan is not None]
+            if adapted and not parts[weight.name]:
                 LOG.warning("%s: all weights are zero, so the base stays as it is", weight.name)
         else:
             _refuse_dense(method, weight.name, task)
     _check_touched(touched)
+    plans = {plan.name: plan for planned in parts.values() for _, plan in planned if plan.sources}
     check_plans(method, [*plans.values()])
     loads = {name: base.model_copy(update={"dtype": None}) for name, base in bases.items()}
     pairs = []
@@ -86,7 +90,8 @@ def replace_tasks(planner: MergePlanner) -> None:
 
     device = None if options.multi_gpu else options.device
     budget = CPU_BYTES if device == "cpu" else ACCELERATOR_BYTES
-    units = _units(plans, pairs, {name: loads[name].group_label() or name for name in plans})
+    labels = {plan.name: loads[name].group_label() or name for name, planned in parts.items() for _, plan in planned}
+    units = _units(plans, pairs, labels)
     if options.multi_gpu:
         budget = min(budget, 1 + sum(unit.nbytes for unit in units) // max(1, common.get_torch_accelerator_count()))
     survey = None
@@ -98,21 +103,26 @@ def replace_tasks(planner: MergePlanner) -> None:
     for chunk in _chunks(units, budget):
         merge = _merge_task(method, chunk, loads, survey, device, options.quiet)
         for index, plan in enumerate(merge.chunk.plans):
-            updates[plan.name] = TakeUpdate(merge=merge, index=index, label=loads[plan.name].group_label())
+            updates[plan.name] = TakeUpdate(merge=merge, index=index, label=labels[plan.name])
 
     dtype = planner.config.out_dtype or planner.config.dtype
     for position, (weight, _) in enumerate(planner._tensors):
-        if weight.name in updates:
-            applied = ApplyUpdate(
-                base=loads[weight.name], update=updates[weight.name], dtype=weight.force_dtype or dtype
-            )
+        if parts.get(weight.name):
+            done = tuple(Part(index, plan, updates.get(plan.name)) for index, plan in parts[weight.name])
+            applied = ApplyUpdates(base=loads[weight.name], parts=done, dtype=weight.force_dtype or dtype)
             planner._tensors[position] = weight, applied
         elif weight.name in bases:
             planner._tensors[position] = weight, bases[weight.name]
 
 
-def _inputs(task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]]) -> tuple[LoadTensor, list[tuple]]:
-    """The base's load task and `(adapter, module, weight)` of each adapter that changes this tensor."""
+def _inputs(
+    name: str, task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]]
+) -> tuple[LoadTensor, dict[str, tuple[Index, list[tuple], list[tuple]]]]:
+    """The base's load task, and what adapters do to the output's tensor `name`, or to experts in it.
+
+    By name of the part: its index, `(adapter, module, weight)` of the adapters with factors for it, and
+    `(adapter, change, weight)` of those that trained it directly.
+    """
     gather = task.gather_tensors
     infos = dict(gather.weight_info.items())
     # Of the weights after the last layer mergekit lists as many as the first slice has inputs; the name is one.
@@ -127,39 +137,41 @@ def _inputs(task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]
         aliases=info.aliases,
         tied_names=info.tied_names,
     )
-    sources = []
+    adapted: dict[str, tuple[Index, list[tuple], list[tuple]]] = {}
     for reference in task.model_order:
         if not isinstance(reference, AdapterReference):
             continue
         loader = LoaderCache().get(reference)
         done = touched.setdefault(reference, set())
-        tensor = _adapted(loader, infos.get(reference, shared))
-        if tensor is None:
-            continue
-        if reference not in infos:
+        given = infos.get(reference, shared)
+        parts = next((loader.parts[n] for n in (given.name, *(given.aliases or ())) if n in loader.parts), {})
+        if parts and reference not in infos:
             raise InputError(
-                f"{reference.lora}: it adapts {tensor}, but mergekit does not weigh the inputs of the last slice for "
-                "tensors outside the layers; give all slices the same inputs, some with weight 0"
+                f"{reference.lora}: it adapts {given.name}, but mergekit does not weigh the inputs of the last slice "
+                "for tensors outside the layers; give all slices the same inputs, some with weight 0"
             )
-        done.add(tensor)
-        sources.append((loader.adapter, loader.modules[tensor], task.input_parameters[reference]["weight"]))
-    return base, sources
-
-
-def _adapted(loader: LoraLoader, info: WeightInfo) -> str | None:
-    return next((name for name in (info.name, *(info.aliases or ())) if name in loader.modules), None)
+        done.update(parts)
+        for part, index in parts.items():
+            unique = name if index == () else part if name == given.name else f"{name}: {part}"
+            _, sources, changes = adapted.setdefault(unique, (index, [], []))
+            weight = task.input_parameters[reference]["weight"]
+            if part in loader.modules:
+                sources.append((loader.adapter, loader.modules[part], weight))
+            if part in loader.adapter.changes:
+                changes.append((loader.adapter, loader.adapter.changes[part], weight))
+    return base, adapted
 
 
 def _refuse_dense(method: Method, name: str, task: ExecuteMergeMethodTask) -> None:
     """A tensor whose vocabulary mergekit aligns reaches the method dense."""
     for reference in task.model_order:
-        if isinstance(reference, AdapterReference) and name in LoaderCache().get(reference).modules:
+        if isinstance(reference, AdapterReference) and name in LoaderCache().get(reference).parts:
             raise InputError(dense_message(method, name, str(reference.lora)))
 
 
 def _check_touched(touched: dict[ModelReference, set[str]]) -> None:
     for reference, tensors in touched.items():
-        missing = LoaderCache().get(reference).modules.keys() - tensors
+        missing = LoaderCache().get(reference).adapted - tensors
         if not tensors:
             raise InputError(f"{reference.lora}: nothing of this adapter lies in the layers that the recipe merges")
         if missing:
@@ -229,24 +241,33 @@ def _merge_task(
 
 
 def record_tasks(planner: MergePlanner, out_path: str) -> list[Task]:
-    """Tasks that write what the method keeps beside the model in `out_path`; none for most methods."""
-    merges = {task.update.merge for _, task in planner._tensors if isinstance(task, ApplyUpdate)}
+    """Tasks that write what the method keeps beside the model in `out_path`; none for most methods.
+
+    Raises:
+        InputError: a tensor changes by more than one low-rank update per adapter, which is all that records hold.
+    """
+    applied = {weight.name: task for weight, task in planner._tensors if isinstance(task, ApplyUpdates)}
     method, options = METHODS[planner.config.merge_method], planner.options
-    if method.record is None or not merges:
+    if method.record is None or not applied:
         return []
     writer = TensorWriterTask(
         out_path=out_path, max_shard_size=options.out_shard_size, override_basename=RECORDS.removesuffix(".safetensors")
     )
     saved = []
     description = {"base_model": str(planner.config.base_model), "method": method.name, "weights": {}}
-    for weight, task in planner._tensors:
-        if isinstance(task, ApplyUpdate):
-            plan = task.update.merge.chunk.plans[task.update.index]
-            chunk = Chunk(method, [plan], [], task.group_label() or "")
-            survey = task.update.merge.survey
-            saved.append(SaveRecord(chunk=chunk, survey=survey, writer=writer, device=task.update.merge.device))
-            adapters = [adapter.name for adapter, _ in plan.sources]
-            description["weights"][weight.name] = {"base": task.base.tensor, "tasks": adapters}
+    for name, task in applied.items():
+        part = task.parts[0]
+        plan = part.plan
+        if part.index or plan.changes or any(module.magnitude is not None for module in plan.modules):
+            raise InputError(
+                f"{name}: {method.name} keeps what a task adds to each weight, and here a task does something else "
+                "(DoRA, a fused expert, or a tensor trained directly); use another method for such adapters"
+            )
+        chunk = Chunk(method, [plan], [], task.group_label() or "")
+        merge = part.update.merge
+        saved.append(SaveRecord(chunk=chunk, survey=merge.survey, writer=writer, device=merge.device))
+        adapters = [adapter.name for adapter, _ in plan.sources]
+        description["weights"][name] = {"base": task.base.tensor, "tasks": adapters}
     finish = FinishRecords(
         saved=tuple(saved), writer=writer, description=json.dumps(description, indent=1), file=DESCRIPTION
     )

@@ -15,6 +15,7 @@ from mergekit.config import (
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
+from mergekit_tspa.adapters import base_of_adapter, is_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.method import AdapterMergeMethod
 from mergekit_tspa.graph.reference import AdapterReference
@@ -24,7 +25,7 @@ Source = InputModelDefinition | InputSliceDefinition
 
 
 def complete(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Check the recipe and complete it in place: common base, base of every slice, adapter references.
+    """Check the recipe and complete it in place: bases of bare adapters, common base, base of every slice.
 
     Raises:
         InputError: no adapters, adapters of different bases, an adapter listed twice, a full model as input,
@@ -33,6 +34,7 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
     method = METHODS[config.merge_method]
     _check_options(config, options)
     _check_parameters(config, method)
+    _complete_adapters(config, options)
     _complete_base(config)
     for group in _groups(config):
         _check_sources(group, config.base_model)
@@ -41,11 +43,6 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
             source.model = _reference(source.model, config.base_model)
     for output_slice in _slices(config):
         _append_base(output_slice, config.base_model)
-    quantised = getattr(config.base_model.config(options.trust_remote_code), "quantization_config", None)
-    if quantised is not None:
-        raise InputError(
-            f"{config.base_model}: the base model is quantised; merge into the original full-precision checkpoint"
-        )
 
 
 def _check_options(config: MergeConfiguration, options: MergeOptions) -> None:
@@ -86,10 +83,38 @@ def _groups(config: MergeConfiguration) -> Iterator[list[Source]]:
         yield output_slice.sources
 
 
+def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Write an adapter that is given without its base as `base+adapter`."""
+    for source in (source for group in _groups(config) for source in group):
+        path = source.model.model
+        known = config.base_model and _identity(path) == _identity(config.base_model.model)
+        if source.model.lora or known or not is_adapter(path.path, path.revision, options.transformers_cache):
+            continue
+        base = config.base_model or _base_of(path, options)
+        source.model = ModelReference(model=base.model, lora=path, override_architecture=base.override_architecture)
+
+
+def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
+    """The base model that an adapter's configuration names."""
+    path = base_of_adapter(adapter.path, adapter.revision, options.transformers_cache)
+    try:
+        base = ModelReference(model=ModelPath(path=path))
+        base.config(options.trust_remote_code)
+    except Exception as error:  # not named, not there, not reachable, not a model: all need the same way out
+        raise InputError(
+            f"{adapter}: its adapter_config.json names the base model {path!r}, which is neither a model directory nor "
+            "a model of the hub that can be reached; name the base as base_model in the recipe"
+        ) from error
+    return base
+
+
 def _complete_base(config: MergeConfiguration) -> None:
     adapters = [source.model for group in _groups(config) for source in group if source.model.lora]
     if not adapters:
-        raise InputError(f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`")
+        raise InputError(
+            f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, or as "
+            "`model: adapter` for a directory without a model"
+        )
     bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
     if config.base_model is None:
         if len(bases) > 1:

@@ -1,11 +1,16 @@
 """`base+lora` references that are read as factors and never merged to disk."""
 
+from collections.abc import KeysView
+
 import torch
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_tspa.adapters import Adapter, Checkpoint, locate_adapter, read_adapter
+from mergekit_tspa.adapters import Adapter, BaseModel, Checkpoint, Index, locate_adapter, read_adapter
+from mergekit_tspa.methods import LowRank, Parameters
+from mergekit_tspa.methods.base import WeightPlan
+from mergekit_tspa.methods.update import apply_parts
 
 
 class AdapterReference(ModelReference, frozen=True):
@@ -22,26 +27,47 @@ class AdapterReference(ModelReference, frozen=True):
         directory = locate_adapter(self.lora.path, self.lora.revision, cache_dir)
         index = self.tensor_index(cache_dir)
         config = self.config(LoaderCache().trust_remote_code).to_dict()
-        fitted = read_adapter(directory, str(self.lora)).fit(
-            Checkpoint(index.base_path).shapes(), str(self.model), config
-        )
-        return LoraLoader(index, lazy_unpickle, *fitted)
+        base = BaseModel.of(str(self.model), Checkpoint(index.base_path), config)
+        return LoraLoader(index, lazy_unpickle, base, *read_adapter(directory, str(self.lora)).fit(base))
 
 
 class LoraLoader(LazyTensorLoader):
     """The tensors of a base model with an adapter applied on the fly; its index is the base's."""
 
     adapter: Adapter
-    modules: dict[str, str]  # base tensor -> adapter module
+    modules: dict[str, str]  # base tensor, or expert of a fused one -> adapter module
+    parts: dict[str, dict[str, Index]]  # tensor, by each of its names -> what the adapter changes of it, and where
 
-    def __init__(self, index: ShardedTensorIndex, lazy_unpickle: bool, adapter: Adapter, modules: dict[str, str]):
+    def __init__(
+        self,
+        index: ShardedTensorIndex,
+        lazy_unpickle: bool,
+        base: BaseModel,
+        adapter: Adapter,
+        modules: dict[str, str],
+    ):
         super().__init__(index, lazy_unpickle)
         self.adapter, self.modules = adapter, modules
+        self.parts = {}
+        for part in self.adapted:
+            for tensor, place in base.places(part).items():
+                self.parts.setdefault(tensor, {})[part] = place
+
+    @property
+    def adapted(self) -> KeysView[str]:
+        """Base tensors, or experts of fused ones, that the adapter changes; in the adapter's order."""
+        return {**self.modules, **self.adapter.changes}.keys()
 
     def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
-        """`W + B A` in W's dtype.  Only stock tasks that need a dense tensor come here."""
+        """The adapted tensor in its base's dtype.  Only stock tasks that need a dense tensor come here."""
         W = super().get_tensor(key, device, **kwargs)
-        if W is None or key not in self.modules:
+        if W is None or key not in self.parts:
             return W
-        factors = self.adapter.factors(self.modules[key], device=device)
-        return torch.addmm(W.float(), *factors).to(W.dtype)
+        parts = []
+        for part, index in self.parts[key].items():
+            change = self.adapter.changes.get(part)
+            sources = [(self.adapter, self.modules[part])] if part in self.modules else []
+            plan = WeightPlan(part, sources, [1.0], Parameters(), [(change, 1.0)] if change else [])
+            update = LowRank(*self.adapter.factors(self.modules[part], device=device)) if sources else None
+            parts.append((index, plan.finish(update)))
+        return apply_parts(W, parts, W.dtype)

@@ -13,10 +13,12 @@ from mergekit.io.tasks import LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 from pydantic import ConfigDict
 
+from mergekit_tspa.adapters import Index
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.methods import Dense, LowRank, Method
 from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
 from mergekit_tspa.methods.base import WeightPlan, load_weight, merge_weights, survey_weights
+from mergekit_tspa.methods.update import apply_parts
 
 LOG = logging.getLogger(__name__)
 
@@ -130,15 +132,25 @@ class TakeUpdate(Task[tuple[torch.Tensor, ...]], frozen=True):
         return updates[self.index]
 
 
-class ApplyUpdate(Task[torch.Tensor], frozen=True):
-    """`W + dW` in the precision of the update, rounded once."""
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What is done to a tensor, or to an expert of a fused one."""
 
+    index: Index
+    plan: WeightPlan
+    update: TakeUpdate | None  # None: no adapter has factors for it
+
+
+class ApplyUpdates(Task[torch.Tensor], frozen=True):
+    """The base's tensor with its parts updated in the precision of the updates, rounded once."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     base: LoadTensor
-    update: TakeUpdate
+    parts: tuple[Part, ...]
     dtype: str | None  # of the result; the base's by default
 
     def arguments(self) -> dict[str, Task]:
-        return {"W": self.base, "update": self.update}
+        return {"W": self.base} | {str(i): part.update for i, part in enumerate(self.parts) if part.update}
 
     def group_label(self) -> str | None:
         return self.base.group_label()
@@ -146,10 +158,14 @@ class ApplyUpdate(Task[torch.Tensor], frozen=True):
     def uses_accelerator(self) -> bool:
         return True
 
-    def execute(self, W: torch.Tensor, update: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        merged = LowRank(*update) if len(update) == 2 else Dense(*update)
+    def execute(self, W: torch.Tensor, **updates: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        parts = []
+        for i, part in enumerate(self.parts):
+            update = updates.get(str(i))
+            update = update and (LowRank(*update) if len(update) == 2 else Dense(*update))
+            parts.append((part.index, part.plan.finish(update)))
         with torch.no_grad():
-            return merged.apply_to(W).to(dtype_from_name(self.dtype) or W.dtype)
+            return apply_parts(W, parts, dtype_from_name(self.dtype) or W.dtype)
 
 
 class SaveRecord(Task[None], frozen=True):

@@ -8,7 +8,7 @@ from mergekit_tspa.methods.rotation import rotation_method
 from mergekit_tspa.methods.space_rule import SPACE_RULE_METHODS
 from mergekit_tspa.methods.svd_cur import svd_cur_method
 from mergekit_tspa.methods.tspa import TSPA_METHODS
-from mergekit_tspa.methods.update import Dense, LowRank, MergedUpdate
+from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -23,4 +23,15 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Dense", "LowRank", "MergedUpdate", "Method", "Parameters", "Report", "WeightInputs"]
+__all__ = [
+    "METHODS",
+    "Changed",
+    "Dense",
+    "Dora",
+    "LowRank",
+    "MergedUpdate",
+    "Method",
+    "Parameters",
+    "Report",
+    "WeightInputs",
+]

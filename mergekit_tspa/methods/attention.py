@@ -64,7 +64,7 @@ class PairPlan(NamedTuple):
         """About what solving it takes: per adapter rotations, moments and factors; Grams of the base."""
         g, n = self.geometry, len(self.adapters)
         modules = [a.modules[m] for s in (self.x, self.y) for a, m in zip(self.adapters, s.modules) if m]
-        rank = max(m.A.shape[0] for m in modules)
+        rank = max(m.rank for m in modules)
         if _reads_input(self):
             d = max(m.A.shape[1] for m in modules)
             return 8 * (6 * n * 2 * rank * d + 4 * d * d)

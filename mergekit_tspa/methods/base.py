@@ -12,12 +12,12 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from mergekit_tspa.adapters import Adapter, LoraFactors
+from mergekit_tspa.adapters import Adapter, Change, LoraFactors, LoraModule
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.pico import at_mean_norm, pico
 from mergekit_tspa.methods.svc import svc
-from mergekit_tspa.methods.update import Dense, LowRank, MergedUpdate
+from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
 
 LOG = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ Progress = Callable[[str, float], None]  # what is being solved, and which fract
 class Merged(NamedTuple):
     """Updates in the order of the inputs, and what the solvers report."""
 
-    updates: list[MergedUpdate]
+    updates: list[LowRank | Dense]
     reports: list[Report]
 
 
@@ -152,38 +152,56 @@ class WeightPlan(NamedTuple):
     sources: Sequence[tuple[Adapter, str]]  # the adapter and its module
     weights: Sequence[float]
     parameters: Parameters
+    changes: Sequence[tuple[Change, float]] = ()  # of adapters that trained it directly, and their weights
 
     @property
     def ranks(self) -> list[int]:
-        return [module.A.shape[0] for module in self._modules()]
+        return [module.rank for module in self.modules]
 
     @property
     def nbytes(self) -> int:
         """Size of its factors in float32."""
-        return sum(4 * module.A.numel() + 4 * module.B.numel() for module in self._modules())
+        return sum(4 * module.rank * sum(module.shape) for module in self.modules)
 
-    def _modules(self):
-        return (adapter.modules[module] for adapter, module in self.sources)
+    @property
+    def modules(self) -> list[LoraModule]:
+        return [adapter.modules[module] for adapter, module in self.sources]
+
+    def finish(self, update: LowRank | Dense | None) -> MergedUpdate:
+        """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes."""
+        scale = self.parameters.lambda_
+        if any(module.magnitude is not None for module in self.modules):
+            magnitudes = [
+                adapter.factors(name) if module.magnitude is None else module.magnitude
+                for (adapter, name), module in zip(self.sources, self.modules)
+            ]
+            update = Dora(update, magnitudes, [scale * a for a in self.weights], self.modules[0].transposed)
+        return Changed(update, *zip(*self.changes), scale) if self.changes else update
 
 
 def plan_weight(
-    method: Method, name: str, sources: Sequence[tuple[Adapter, str, float]], parameters: Parameters
+    method: Method,
+    name: str,
+    sources: Sequence[tuple[Adapter, str, float]],
+    parameters: Parameters,
+    changes: Sequence[tuple[Adapter, Change, float]] = (),
 ) -> WeightPlan | None:
     """Keep the adapters of non-zero weight; None when there is none.
 
     Raises:
         InputError: a weight is not finite, or below what the method is defined for.
     """
-    for adapter, _, weight in sources:
+    for adapter, _, weight in (*sources, *changes):
         if not isfinite(weight) or weight < method.min_weight:
             raise InputError(
                 f"{adapter.name}: weight {weight} for {name}: {method.name} takes finite weights"
                 + (f" of at least {method.min_weight:g}" if isfinite(method.min_weight) else "")
             )
     kept = [(adapter, module, weight) for adapter, module, weight in sources if weight]
-    if not kept:
+    changed = [(change, weight) for _, change, weight in changes if weight]
+    if not kept and not changed:
         return None
-    return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters)
+    return WeightPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters, changed)
 
 
 def check_plans(method: Method, plans: Sequence[WeightPlan]) -> None:
@@ -201,7 +219,7 @@ def check_plans(method: Method, plans: Sequence[WeightPlan]) -> None:
                 f"{plan.name}: {method.name} needs adapters of equal rank, and these have {plan.ranks}; use a method "
                 "without that need (mergekit-tspa methods)"
             )
-        shape = plan.sources[0][0].modules[plan.sources[0][1]].shape
+        shape = plan.modules[0].shape
         total = max(plan.ranks) if method.output == "largest rank" else sum(plan.ranks)
         carried = max(carried, min(shape) if method.output == "dense" else min(total, *shape))
     asked = [plan.parameters.rank for plan in plans if plan.parameters.rank is not None]
@@ -281,7 +299,7 @@ def _warn_of_zeros(plans: Sequence[WeightPlan], inputs: Sequence[WeightInputs]) 
 
 
 def _zero(plan: WeightPlan, device: torch.device | str | None) -> LowRank:
-    d_out, d_in = plan.sources[0][0].modules[plan.sources[0][1]].shape
+    d_out, d_in = plan.modules[0].shape
     return LowRank(torch.zeros(d_out, 1, device=device), torch.zeros(1, d_in, device=device))
 
 

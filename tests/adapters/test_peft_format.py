@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergekit_tspa import InputError, read_adapter
-from mergekit_tspa.adapters import Adapter, Checkpoint
-from mergekit_tspa.adapters.names import match_modules, strip_prefixes
+from mergekit_tspa.adapters import Adapter, BaseModel, Checkpoint
+from mergekit_tspa.adapters.names import strip_prefixes
 from tests.conftest import base_tensors, peft_merged, relative_error, save_adapter
 
 PATTERNS = {"r": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}}
@@ -30,7 +30,7 @@ def check_against_peft(base, adapter):
     """`W + B A` of every touched tensor equals PEFT's merge, and every other tensor is untouched."""
     before, after = base_tensors(base), peft_merged(base, adapter)
     read = read_adapter(adapter)
-    read, tensors = read.fit({k: v.shape for k, v in before.items() if k != "lm_head.weight"}, "base")
+    read, tensors = read.fit(BaseModel.of("base", {k: v for k, v in before.items() if k != "lm_head.weight"}))
     assert tensors
     for name, W in before.items():
         if name in tensors:
@@ -61,8 +61,7 @@ def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
     adapter = save_adapter(tmp_path / "gpt2", tmp_path / "a", target_modules=targets, save_embedding_layers=False)
     edit_config(adapter, fan_in_fan_out=flag)
     before, after = base_tensors(tmp_path / "gpt2"), peft_merged(tmp_path / "gpt2", adapter)
-    shapes = {name: tensor.shape for name, tensor in before.items()}
-    read, tensors = read_adapter(adapter).fit(shapes, "base", config.to_dict())
+    read, tensors = read_adapter(adapter).fit(BaseModel.of("base", before, config.to_dict()))
     assert len(tensors) == (2 if "lm_head" not in targets else 5)
     for name, module in tensors.items():
         assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
@@ -70,9 +69,9 @@ def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
 
 def test_heads_that_are_tied_are_refused():
     adapter = Adapter.from_factors("a", {"lm_head": (torch.ones(9, 2), torch.ones(2, 4))})
-    assert adapter.fit({"lm_head.weight": (9, 4)}, "b", {"tie_word_embeddings": False})
-    with pytest.raises(InputError, match="ties to its embedding"):
-        adapter.fit({"lm_head.weight": (9, 4)}, "b", {"tie_word_embeddings": True})
+    assert adapter.fit(BaseModel("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": False}))
+    with pytest.raises(InputError, match="ties embedding and head"):
+        adapter.fit(BaseModel("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": True}))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -125,31 +124,31 @@ def test_bin_files_run_no_code(llama, tmp_path):
 )
 def test_key_prefixes(old, new, llama, tmp_path):
     adapter = save_adapter(llama, tmp_path / "a")
-    plain = read_adapter(adapter).fit({k: v.shape for k, v in base_tensors(llama).items()}, "base")[1]
+    base = BaseModel.of("base", base_tensors(llama))
+    plain = read_adapter(adapter).fit(base)[1]
     file = adapter / "adapter_model.safetensors"
     renamed = {k.replace(old, new): v for k, v in load_file(file).items()}
     if "lora_A" in old:
         renamed = {k.replace(".lora_B.weight", ".lora_B.default.weight"): v for k, v in renamed.items()}
     assert not renamed.keys() & load_file(file).keys() or "lora_A" in old
     save_file(renamed, file)
-    assert (
-        read_adapter(adapter).fit({k: v.shape for k, v in base_tensors(llama).items()}, "base")[1].keys()
-        == plain.keys()
-    )
+    assert read_adapter(adapter).fit(base)[1].keys() == plain.keys()
 
 
 def test_names():
     assert strip_prefixes("base_model.model._orig_mod.a.b") == "a.b"
+
+    def find(name, *tensors):
+        return BaseModel("b", dict.fromkeys(tensors, (1, 1))).match([name], "a")[name]
+
     tensors = ["language_model.model.layers.0.q.weight", "vision.layers.0.q.weight", "lm_head.weight"]
-    found = match_modules(["model.language_model.model.layers.0.q"], tensors, "a", "b")
-    assert found == {"model.language_model.model.layers.0.q": tensors[0]}
+    assert find("model.language_model.model.layers.0.q.weight", *tensors) == tensors[0]
     wrapped = ["language_model.model.layers.0.q.weight", "vision_tower.encoder.layers.0.q.weight"]
-    found = match_modules(["model.language_model.layers.0.q"], wrapped, "a", "b")
-    assert found == {"model.language_model.layers.0.q": wrapped[0]}
+    assert find("model.language_model.layers.0.q.weight", *wrapped) == wrapped[0]
     with pytest.raises(InputError, match="match no tensor"):  # two candidates: never guess
-        match_modules(["layers.0.q"], tensors, "a", "b")
+        find("layers.0.q.weight", *tensors)
     with pytest.raises(InputError, match="nearest name there"):
-        match_modules(["model.layers.7.q"], tensors, "a", "b")
+        find("model.layers.7.q.weight", *tensors)
 
 
 def edit_config(adapter, **changes):
@@ -164,24 +163,18 @@ CONFIG_REFUSALS = {
     "VeRA": ({"peft_type": "VERA"}, "VERA"),
     "AdaLoRA": ({"peft_type": "ADALORA"}, "ADALORA"),
     "no type": ({"peft_type": None}, "peft_type is None"),
-    "DoRA": ({"use_dora": True}, "DoRA"),
-    "lora_bias": ({"lora_bias": True}, "bias on lora_B"),
-    "bias": ({"bias": "all"}, "trained biases"),
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "tokens": ({"trainable_token_indices": [1]}, "token embeddings"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "pissa.*path_initial_model_for_weight_conversion"),
-    "PiSSA niter": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "olora"),
+    "PiSSA niter": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
     "LoftQ": ({"init_lora_weights": "loftq"}, "loftq"),
     "CorDA": ({"init_lora_weights": "corda"}, "corda"),
-    "BD-LoRA": ({"use_bdlora": {"x": 1}}, "BD-LoRA"),
-    "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+    "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+    "KaSA": ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
+    "Arrow": ({"arrow_config": {"top_k": 2}}, "Arrow"),
+    "DoRA without magnitudes": ({"use_dora": True}, "q_proj has no lora_magnitude_vector, but .* says DoRA"),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "aLoRA"),
     "QALoRA": ({"use_qalora": True}, "QALoRA"),
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "rank": ({"r": 16}, "rank 4 but adapter_config.json says r = 16"),
     "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
-    "mlx": ({"peft_type": None, "fine_tune_type": "lora"}, "peft_type|mlx"),
 }
 
 
@@ -197,19 +190,28 @@ def test_refused_by_configuration(kind, adapters, tmp_path):
 A, B = torch.randn(4, 64), torch.randn(64, 4)
 M = "base_model.model.model.layers.0.self_attn.q_proj"
 TENSOR_REFUSALS = {
-    "DoRA": ({f"{M}.lora_magnitude_vector": torch.ones(64)}, "DoRA"),
-    "embedding": ({"base_model.model.model.embed_tokens.lora_embedding_A": A}, "embedding"),
-    "lora bias": ({f"{M}.lora_B.bias": torch.ones(64)}, "bias on lora_B"),
-    "bias": ({f"{M}.base_layer.bias": torch.ones(64)}, "trained biases"),
-    "saved module": ({"base_model.model.lm_head.weight": torch.ones(96, 64)}, "modules_to_save"),
-    "tokens": ({"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": A}, "token embeddings"),
+    "DoRA alone": ({f"{M}.lora_magnitude_vector": torch.ones(64)}, "no lora_A"),
+    "half an embedding": ({"base_model.model.model.embed_tokens.lora_embedding_A": A}, "no lora_embedding_B"),
+    "nothing": ({f"{M}.base_layer.weight": A}, "no LoRA tensors"),
+    "tokens": (
+        {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": A},
+        r"shape \(4, 64\), but trainable_token_indices.*names 0 tokens",
+    ),
+    "experts": (
+        {"base_model.model.x.experts.lora_A.weight": A, "base_model.model.x.experts.lora_B.weight": B},
+        "target_parameters.*names none",
+    ),
+    "KaSA": ({f"{M}.lora_diag": torch.ones(4)}, "KaSA"),
+    "LoKr": ({f"{M}.lokr_w1": A}, "LoKr"),
+    "empty saved module": ({"base_model.model.lm_head.weight": torch.ones(0)}, "ZeRO-3"),
+    "mlx-lm": ({"model.layers.0.self_attn.q_proj.lora_a": A}, "mlx-lm"),
     "LoHa": ({f"{M}.hada_w1_a": A}, "LoHa"),
     "kohya": ({"lora_unet_q.lora_down.weight": A}, "kohya"),
     "unknown": ({f"{M}.something_new": A}, "no known kind"),
     "half a pair": ({f"{M}.lora_A.weight": A, "base_model.model.x.lora_B.weight": B}, "no lora_B"),
     "ranks": ({f"{M}.lora_A.weight": A[:2], f"{M}.lora_B.weight": B}, "ranks differ"),
     "empty": ({f"{M}.lora_A.weight": A[:, :0], f"{M}.lora_B.weight": B}, "ZeRO-3"),
-    "convolution": ({f"{M}.lora_A.weight": A[..., None, None], f"{M}.lora_B.weight": B}, "two-dimensional"),
+    "one dimension": ({f"{M}.lora_A.weight": A[0], f"{M}.lora_B.weight": B}, "two dimensions"),
     "integers": ({f"{M}.lora_A.weight": A.to(torch.int8), f"{M}.lora_B.weight": B}, "int8"),
     "NaN": ({f"{M}.lora_A.weight": A, f"{M}.lora_B.weight": B / 0 * 0}, r"q_proj\.lora_B.*NaN"),
     "Inf": ({f"{M}.lora_A.weight": A / 0, f"{M}.lora_B.weight": B}, r"q_proj\.lora_A.*NaN or Inf"),
@@ -252,4 +254,4 @@ def test_shape_of_another_base(adapters):
     adapter = read_adapter(adapters[0])
     shapes = {f"{module}.weight": (63, 64) for module in adapter.modules}
     with pytest.raises(InputError, match=r"shape \(64, 64\).*has \(63, 64\)"):
-        adapter.fit(shapes, "other")
+        adapter.fit(BaseModel("other", shapes))

@@ -1,0 +1,152 @@
+"""An adapter in memory, and how it fits a base model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.adapters import experts
+from mergekit_tspa.adapters.base import BaseModel
+from mergekit_tspa.adapters.factors import LoraFactors
+from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
+from mergekit_tspa.errors import InputError
+
+# transformers' Conv1D stores (d_in, d_out).
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter in memory, in the file's precision."""
+
+    name: str
+    base: str | None  # base_model_name_or_path, as its author wrote it
+    modules: Mapping[str, LoraModule]
+    changes: Mapping[str, Change] = field(default_factory=dict)  # of tensors, by name
+
+    @classmethod
+    def from_factors(cls, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> "Adapter":
+        """An adapter from `{module: (B, A)}` with the scale folded in."""
+        for module, (B, A) in factors.items():
+            if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
+                raise InputError(
+                    f"{name}: factors of {module} have shapes {tuple(B.shape)} and {tuple(A.shape)}; "
+                    "expected B (d_out, r) and A (r, d_in)"
+                )
+            if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
+                raise InputError(f"{name}: a factor of {module} contains NaN or Inf")
+        return cls(name, None, {module: LoraModule(A, B) for module, (B, A) in factors.items()})
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """`{tensor: module that updates it}`, as the adapter names them."""
+        return {module if module.endswith("]") else f"{module}.weight": module for module in self.modules}
+
+    def factors(
+        self, module: str, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> LoraFactors:
+        """
+        Raises:
+            InputError: they depend on the base's weight, and no base was fitted.
+        """
+        found = self.modules[module]
+        if found.base_part and found.base_part.read is None:
+            raise InputError(
+                f"{self.name}: PiSSA and OLoRA put a part of the base into the factors; give the base model (base=)"
+            )
+        return found.factors(dtype, device)
+
+    def fit(self, base: BaseModel) -> tuple["Adapter", dict[str, str]]:
+        """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
+
+        Its changes are named as the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
+        where it contradicts it, so the orientation of each module is settled here: by the base's configuration
+        where its model has Conv1D layers, else by the flag.
+
+        Raises:
+            InputError: a module has no tensor in the base, a tensor of another shape, a quantised one, or one that
+                is tied to another.
+        """
+        modules = experts.settle(self.modules, base, self.name)
+        adapter = replace(self, modules=modules, changes=self._tie_changes(base))
+        named = adapter.tensors
+        if base.tied and (tied := [name for name in named if name.endswith(_HEADS + _EMBEDDINGS)]):
+            raise InputError(
+                f"{self.name}: it adapts {tied[0]}, but {base.name} ties embedding and head to one tensor; untie the "
+                "base first, or train without it"
+            )
+        tensors = {tensor: named[name] for name, tensor in base.match(named, self.name).items()}
+        modules = {module: adapter._fit_module(module, tensor, base) for tensor, module in tensors.items()}
+        changes = {tensor: adapter.changes[name] for name, tensor in base.match(adapter.changes, self.name).items()}
+        for tensor, change in changes.items():
+            self._fit_change(change, tensor, base)
+        return replace(adapter, modules=modules, changes=changes), tensors
+
+    def _fit_module(self, module: str, tensor: str, base: BaseModel) -> LoraModule:
+        found, shape = self.modules[module], base.shape(tensor)
+        self._check_precision(tensor, base)
+        if base.config.get("model_type") in _CONV1D_MODELS:
+            found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in _CONV1D_LAYERS)
+        if found.shape != (shape[0], torch.Size(shape[1:]).numel()):
+            self._refuse_shape(f"update of {module}", found.shape, tensor, base)
+        if found.magnitude is not None and len(found.magnitude) != found.B.shape[0]:
+            raise InputError(
+                f"{self.name}: {module} has {len(found.magnitude)} magnitudes for {found.B.shape[0]} outputs; save the "
+                "adapter again"
+            )
+        if found.base_part:
+            found = found._replace(base_part=BasePart(found.base_part.of, lambda: base.read(tensor)))
+        return found
+
+    def _fit_change(self, change: Change, tensor: str, base: BaseModel) -> None:
+        self._check_precision(tensor, base)
+        shape = tuple(change.value.shape)
+        if change.rows is not None:  # as many rows as it needs at least
+            rows = int(change.rows.max()) + 1
+            shape = (max(rows, base.shape(tensor)[0]), *shape[1:])
+        if shape != base.shape(tensor):
+            self._refuse_shape("new value", shape, tensor, base)
+
+    def _check_precision(self, tensor: str, base: BaseModel) -> None:
+        if base.config.get("quantization_config") or tensor in base.quantised:
+            raise InputError(
+                f"{base.name}: the base model is quantised, and {self.name} changes its {tensor}; merge into the "
+                "original full-precision checkpoint"
+            )
+
+    def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: BaseModel):
+        trained_on = f" (the adapter says it was trained on {self.base})" if self.base else ""
+        there = base.shape(tensor)
+        if tensor.endswith(_HEADS + _EMBEDDINGS) and shape[1:] == there[1:]:
+            raise InputError(
+                f"{self.name}: its vocabulary has {shape[0]} tokens but {tensor} of {base.name} has {there[0]}; resize "
+                f"the base to {shape[0]} tokens first (resize_token_embeddings){trained_on}"
+            )
+        raise InputError(
+            f"{self.name}: the {what} has shape {shape} but {tensor} of {base.name} has {there}; "
+            f"use the base the adapter was trained on{trained_on}"
+        )
+
+    def _tie_changes(self, base: BaseModel) -> Mapping[str, Change]:
+        """The changes without a head that the base ties to its embedding, and with one it stores all the same.
+
+        Raises:
+            InputError: embedding and head were trained apart.
+        """
+        head, embedding = (next((n for n in self.changes if n.endswith(e)), None) for e in (_HEADS, _EMBEDDINGS))
+        if not base.tied or not (head or embedding):
+            return self.changes
+        trained = self.changes.get(embedding or "")
+        # PEFT ties rows of tokens by itself, whole embeddings only with ensure_weight_tying, and then saves both.
+        together = trained and (trained.equals(self.changes[head]) if head else trained.rows is not None)
+        if not together:
+            raise InputError(
+                f"{self.name}: it trained {head or embedding} apart from the tensor that {base.name} ties it to; untie "
+                "the base first, or train with ensure_weight_tying"
+            )
+        changes = {name: change for name, change in self.changes.items() if name != head}
+        return changes | {tensor: trained for tensor in base.shapes if tensor.endswith(_HEADS)}

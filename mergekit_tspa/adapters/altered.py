@@ -1,0 +1,22 @@
+"""Initialisations that take a part out of the base weight: training starts from `W - part + scale B A = W`.
+
+The adapter's update of the unchanged base is then `scale B A - part`, of twice its rank.
+"""
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.adapters.factors import LoraFactors
+
+
+def pissa_part(W: Tensor, rank: int) -> LoraFactors:
+    """`U_r S_r V_r^T`, the largest singular triplets.  Meng et al., PiSSA, 2024 (arXiv 2404.02948)."""
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = S[:rank].sqrt()
+    return LoraFactors(U[:, :rank] * root, root[:, None] * Vh[:rank])
+
+
+def olora_part(W: Tensor, rank: int, scale: float) -> LoraFactors:
+    """`scale Q_r R_r` of `W = Q R`.  Büyükakyüz, OLoRA, 2024 (arXiv 2406.01775)."""
+    Q, R = torch.linalg.qr(W)
+    return LoraFactors(Q[:, :rank], R[:rank]).scaled(scale)

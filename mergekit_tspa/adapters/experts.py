@@ -1,0 +1,102 @@
+"""LoRA on fused experts: one tensor `(experts, d_out, d_in)` per projection, one pair of packed factors for all."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_tspa.adapters.base import BaseModel
+from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.errors import InputError
+
+# PEFT wraps a module once per targeted parameter, in the order in which the module declares them.
+_DECLARED = ("gate_up_proj", "down_proj")
+_NESTED = ".base_layer"
+
+
+def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """`{module: parameter it adapts}` for modules that wrap parameters (`target_parameters`).
+
+    The file gives no parameter names: `experts.base_layer.lora_A` belongs to the first targeted parameter of
+    `experts`, `experts.lora_A` to the last.
+
+    Raises:
+        InputError: the configuration's parameters do not tell which is which.
+    """
+    nests: dict[str, list[str]] = {}
+    for module in modules:
+        nests.setdefault(module.replace(_NESTED, ""), []).append(module)
+    named = {}
+    for root, nest in nests.items():
+        if len(nest) == 1 and not root.endswith(".experts"):
+            continue
+        leaves = {
+            target.rpartition(".")[2]
+            for target in config.get("target_parameters") or ()
+            if f".{root}.{target.rpartition('.')[2]}".endswith(f".{target}")
+        }
+        known = [leaf for leaf in _DECLARED if leaf in leaves] if len(leaves) > 1 else list(leaves)
+        if len(known) != len(nest):
+            raise InputError(
+                f"{file}: {root} has {len(nest)} pairs of factors, but target_parameters of adapter_config.json names "
+                f"{sorted(leaves) or 'none'} of its parameters; only {' and '.join(_DECLARED)}, or a single one, can "
+                "be told apart"
+            )
+        nest.sort(key=lambda module: -module.count(_NESTED))
+        named |= {module: f"{root}.{leaf}" for module, leaf in zip(nest, known)}
+    return named
+
+
+def unpack(A: Tensor, B: Tensor, rank: int, layout: str) -> list[tuple[Tensor, Tensor]]:
+    """The factors `(A_e, B_e)` of each expert: `A (experts r, d_in)`, `B (d_out, r experts)`.
+
+    In `A` an expert's rows lie together, in `B` its columns are spread (`rank_major`, PEFT's), or lie together
+    too (`grouped_by_expert`, as some of Unsloth's files say).
+    """
+    n = A.shape[0] // rank
+    A = A.view(n, rank, -1)
+    B = B.view(-1, n, rank).movedim(1, 0) if layout == "grouped_by_expert" else B.view(-1, rank, n).movedim(2, 0)
+    return list(zip(A, B))
+
+
+def settle(modules: Mapping[str, LoraModule], base: BaseModel, adapter: str) -> dict[str, LoraModule]:
+    """Give modules of experts, `parameter[expert]`, the names and shapes that the base's checkpoint has for them.
+
+    * fused there: `tensor[expert]`, transposed if it stores `(experts, d_in, d_out)`;
+    * a tensor per expert and projection: the rows of `B` that belong to each.
+
+    Raises:
+        InputError: the base has another number of experts.
+    """
+    settled = {name: module for name, module in modules.items() if "[" not in name}
+    fused: dict[str, list[LoraModule]] = {}
+    for name, module in modules.items():
+        if name not in settled:
+            fused.setdefault(name.partition("[")[0], []).append(module)
+    for name, experts in fused.items():
+        tensor, parts = base.find(name), base.find_parts(name)
+        there = base.shapes[tensor][0] if tensor else len({expert for expert, *_ in parts.values()})
+        if there not in (0, len(experts)):
+            raise InputError(
+                f"{adapter}: it has factors for {len(experts)} experts of {name}, but {base.name} has {there} of them; "
+                "use the base the adapter was trained on"
+            )
+        if parts and not tensor:
+            for part, (expert, rows) in parts.items():
+                settled[part.removesuffix(".weight")] = experts[expert]._replace(B=experts[expert].B[rows])
+        else:
+            turned = bool(tensor) and _transposed(experts[0], tensor, base)
+            for expert, module in enumerate(experts):
+                settled[f"{tensor or name}[{expert}]"] = module._replace(transposed=turned)
+    return settled
+
+
+def _transposed(module: LoraModule, tensor: str, base: BaseModel) -> bool:
+    """Whether the base stores `(experts, d_in, d_out)`; where both orientations fit, the other projection tells."""
+    _, *shape = base.shapes[tensor]
+    if shape[0] != shape[1]:
+        return module.shape != tuple(shape)
+    stem, _, leaf = tensor.rpartition(".")
+    other = base.shapes.get(f"{stem}.{'down_proj' if leaf == 'gate_up_proj' else 'gate_up_proj'}")
+    return other is not None and other[1] < other[2]

@@ -1,0 +1,43 @@
+"""Read an adapter that mlx-lm wrote."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergekit_tspa.adapters.adapter import Adapter
+from mergekit_tspa.adapters.files import as_matrices, check_values, find_weights, read_tensors
+from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.errors import InputError
+
+_PARTS = ("lora_a", "lora_b", "m")
+
+
+def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
+    """`W + scale (a b)^T` with `a (d_in, r)` and `b (r, d_out)`; with DoRA also magnitudes `m (d_out,)`.
+
+    Raises:
+        InputError: files are missing or damaged, or whole weights were trained.
+    """
+    kind = config["fine_tune_type"]
+    if kind not in ("lora", "dora"):
+        raise InputError(
+            f"{name}: an mlx-lm adapter with fine_tune_type {kind!r} holds no LoRA; fuse it with mlx_lm.fuse first"
+        )
+    file = find_weights(directory, ("adapters.safetensors",), name)
+    scale = config.get("lora_parameters", {}).get("scale")
+    if not isinstance(scale, int | float):
+        raise InputError(f"{name}: adapter_config.json has no lora_parameters.scale; restore it from the training")
+    parts: dict[str, dict] = {}
+    for key, tensor in read_tensors(file).items():
+        module, _, part = key.rpartition(".")
+        if part not in _PARTS:
+            raise InputError(f"{file}: tensor {key} is no part of an mlx-lm LoRA; fuse it with mlx_lm.fuse first")
+        check_values(tensor, key, file)
+        parts.setdefault(module, {})[part] = tensor
+    modules = {}
+    for module, found in parts.items():
+        if not {"lora_a", "lora_b"} <= found.keys():
+            raise InputError(f"{file}: {module} has only {', '.join(found)}; the file is incomplete")
+        A, B = as_matrices(found["lora_a"].mT, found["lora_b"].mT, module, file)
+        modules[module] = LoraModule(A, B, scale, magnitude=found.get("m"))
+    return Adapter(name, config.get("model"), modules)
