@@ -22,6 +22,8 @@ from mergekit_tspa.rules.spectral import tsv
 from mergekit_tspa.rules.ties import elect_and_merge
 
 WIDTH, ADAPTERS, RANK = 4096, 8, 16
+IN_SMALL = ["knots_ties", "knots_pcb", "core_ties", "core_tsv", "core_emr", "ctm_ties", "ctm_tsv"]
+IN_SMALL += ["svd_cur", "robustmerge", "lora_lego", "rotation"]
 IN_FACTORS = ("knots_ties", "core_ties", "core_tsv", "ctm_ties", "ctm_tsv")
 
 
@@ -111,9 +113,7 @@ def memory() -> None:
         f"\nPeak memory of one {WIDTH} x {WIDTH} weight above its adapters, in dense float32 matrices (and seconds)\n"
     )
     print("| method | 2 adapters | 8 | 32 |\n|---|---|---|---|")
-    for method in METHODS:
-        if METHODS[method].attention or METHODS[method].solves or method.endswith(("task_arithmetic", "mean")):
-            continue
+    for method in [m for m in METHODS if METHODS[m].output == "dense"] + IN_SMALL:
         cells = []
         for n in (2, 8, 32):
             child = subprocess.run([sys.executable, "-c", _CHILD, method, str(n)], capture_output=True, text=True)

@@ -7,23 +7,27 @@ import click
 
 import mergekit_tspa
 
-_MERGEKIT = {"yaml": "mergekit.scripts.run_yaml", "multi": "mergekit.scripts.multimerge"}
+_LAZY = {  # command: its module, and what it does
+    "yaml": ("mergekit.scripts.run_yaml", "mergekit-yaml with these methods loaded"),
+    "multi": ("mergekit.scripts.multimerge", "mergekit-multi with these methods loaded"),
+    "adapter": ("mergekit_tspa.graph.adapter", "Merge to one PEFT adapter, without reading or writing a model."),
+}
 
 
 class _Commands(click.Group):
     """Loads mergekit's commands when they are asked for: importing them takes seconds."""
 
     def list_commands(self, ctx):
-        return sorted([*super().list_commands(ctx), *_MERGEKIT])
+        return sorted([*super().list_commands(ctx), *_LAZY])
 
     def get_command(self, ctx, name):
-        if name in _MERGEKIT:
+        if name in _LAZY:
             mergekit_tspa.install()
-            return import_module(_MERGEKIT[name]).main
+            return import_module(_LAZY[name][0]).main
         return super().get_command(ctx, name)
 
     def format_commands(self, ctx, formatter):
-        rows = [(name, f"mergekit-{name} with these methods loaded") for name in _MERGEKIT]
+        rows = [(name, what) for name, (_, what) in _LAZY.items()]
         rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows))

@@ -2,7 +2,9 @@
 
 import functools
 import logging
+from pathlib import Path
 
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS
 
 LOG = logging.getLogger(__name__)
@@ -74,6 +76,13 @@ def _plan_tasks(plan) -> None:
             from mergekit_tspa.graph.plan import record_tasks
 
             tasks += record_tasks(self, out_path)
+            if (self.config.parameters or {}).get("adapter"):
+                from mergekit_tspa.graph.adapter import adapter_task
+
+                try:
+                    tasks.append(adapter_task(self, Path(out_path, "adapter")))
+                except InputError as error:
+                    LOG.warning("no adapter is written beside the model: %s", error.message)
         return tasks
 
     plan.MergePlanner.plan_to_disk = plan_to_disk

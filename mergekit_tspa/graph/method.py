@@ -17,6 +17,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import Method
 
 WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, 1.0, "weight of the adapter")
+ADAPTER = ParameterSpec("adapter", bool, ParameterScope.SHARED, False, "also write the merge as one PEFT adapter")
 
 
 class AdapterMergeMethod(GroupMergeMethod):
@@ -40,7 +41,7 @@ class AdapterMergeMethod(GroupMergeMethod):
         ]
         self.spec = MergeMethodSpec(
             name=method.name,
-            parameters=(WEIGHT, *shared),
+            parameters=(WEIGHT, ADAPTER, *shared),
             contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
             pretty_name=method.title,
             reference_url=method.url,

@@ -15,7 +15,7 @@ from mergekit.plan import MergePlanner
 
 from mergekit_tspa.adapters import AttentionGeometry, Checkpoint, Index
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.graph.method import dense_message
+from mergekit_tspa.graph.method import ADAPTER, dense_message
 from mergekit_tspa.graph.reference import AdapterReference
 from mergekit_tspa.graph.tasks import (
     ApplyUpdates,
@@ -70,7 +70,7 @@ def replace_tasks(planner: MergePlanner) -> None:
     for weight, task in planner._tensors:
         if isinstance(task.gather_tensors, GatherTensors):
             bases[weight.name], adapted = _inputs(weight.name, task, touched)
-            parameters = method.bind(dict(task.parameters.items()))
+            parameters = method.bind({name: v for name, v in task.parameters.items() if name != ADAPTER.name})
             plans = [
                 (index, plan_weight(method, name, sources, parameters, changes))
                 for name, (index, sources, changes) in adapted.items()

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from mergekit_tspa.adapters import base_of_adapter, is_adapter
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.graph.method import AdapterMergeMethod
+from mergekit_tspa.graph.method import ADAPTER, AdapterMergeMethod
 from mergekit_tspa.graph.reference import AdapterReference
 from mergekit_tspa.methods import METHODS, Method
 
@@ -179,6 +179,8 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> None:
         for name, setting in (holder.parameters or {}).items():
             if name not in specs:
                 raise InputError(method.unknown_parameter(name))
+            if holder is not config and name == ADAPTER.name:
+                raise InputError(f"{name} applies to the whole merge; move it to the top level")
             if isinstance(holder, Source) and name in method.parameter_fields():
                 raise InputError(f"{name} applies to the whole merge; move it from {holder.model} to the top level")
             for value in _scalars(setting):

@@ -17,7 +17,7 @@ from mergekit_tspa.adapters import Index
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.methods import Dense, LowRank, Method
 from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
-from mergekit_tspa.methods.base import WeightPlan, load_weight, merge_weights, survey_weights
+from mergekit_tspa.methods.base import Truncation, WeightPlan, load_weight, merge_weights, survey_weights
 from mergekit_tspa.methods.update import apply_parts
 
 LOG = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
                 self.chunk.method, self.chunk.plans, pairs, _device(self.device), bar.update, survey
             )
         for report in reports:
-            LOG.info("%s", report)
+            LOG.log(logging.WARNING if isinstance(report, Truncation) else logging.INFO, "%s", report)
         return [tuple(update) for update in updates]
 
 

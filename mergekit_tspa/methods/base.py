@@ -3,9 +3,9 @@
 import difflib
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -85,6 +85,20 @@ class Report(NamedTuple):
         )
 
 
+class Truncation(NamedTuple):
+    """What `rank` left of each merged update: the share of `||dW||^2`."""
+
+    kept: Mapping[str, float]
+
+    def __str__(self) -> str:
+        worst = min(self.kept, key=self.kept.__getitem__)
+        mean = sum(self.kept.values()) / len(self.kept)
+        return (
+            f"`rank` keeps {mean:.1%} of the energy of {len(self.kept)} merged updates on average, "
+            f"{self.kept[worst]:.1%} of {worst}"
+        )
+
+
 Output = Literal["largest rank", "sum of ranks", "parameter rank", "k + n c", "clusters", "dense"]  # rank of an update
 Progress = Callable[[str, float], None]  # what is being solved, and which fraction of it is done
 
@@ -93,7 +107,7 @@ class Merged(NamedTuple):
     """Updates in the order of the inputs, and what the solvers report."""
 
     updates: list[LowRank | Dense]
-    reports: list[Report]
+    reports: list[Report | Truncation]
 
 
 @dataclass(frozen=True)
@@ -192,10 +206,10 @@ def plan_weight(
         InputError: a weight is not finite, or below what the method is defined for.
     """
     for adapter, _, weight in (*sources, *changes):
-        if not isfinite(weight) or weight < method.min_weight:
+        if not math.isfinite(weight) or weight < method.min_weight:
             raise InputError(
                 f"{adapter.name}: weight {weight} for {name}: {method.name} takes finite weights"
-                + (f" of at least {method.min_weight:g}" if isfinite(method.min_weight) else "")
+                + (f" of at least {method.min_weight:g}" if math.isfinite(method.min_weight) else "")
             )
     kept = [(adapter, module, weight) for adapter, module, weight in sources if weight]
     changed = [(change, weight) for _, change, weight in changes if weight]
@@ -275,14 +289,17 @@ def merge_weights(
     changed = [w for w in inputs if w.factors]
     merged = method.merge(changed, pairs, progress)
     updates = dict(zip((w.name for w in changed), merged.updates))
+    kept: dict[str, float] = {}
     for plan in plans:
         update = updates.setdefault(plan.name, _zero(plan, device))
-        if not all(torch.isfinite(t).all() for t in update):
+        if not all(math.isfinite(bound) for t in update for bound in t.aminmax()):  # makes no copies of dense updates
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
         if (plan.parameters.rank or update.rank) < update.rank:
             updates[plan.name] = update.truncated(plan.parameters.rank)
-    return merged._replace(updates=[updates[plan.name] for plan in plans])
+            kept[plan.name] = (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
+    reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
+    return Merged([updates[plan.name] for plan in plans], reports)
 
 
 def _warn_of_zeros(plans: Sequence[WeightPlan], inputs: Sequence[WeightInputs]) -> None:

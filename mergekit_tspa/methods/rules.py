@@ -19,7 +19,9 @@ from mergekit_tspa.rules.sparsify import drop, kept_from, magnitude_drop, outlie
 from mergekit_tspa.rules.spectral import cart, iso, tsv
 from mergekit_tspa.rules.ties import elect_and_merge
 
-BLOCK = 2**18  # entries of each update that an elementwise rule looks at in one go
+# Entries of each update that an elementwise rule looks at in one go: few beside a weight, even of many adapters, on a
+# CPU; many for a GPU, which would wait for the next call otherwise.
+BLOCK = {"cpu": 2**16, "cuda": 2**22}
 # One item a weight: the numbers of its adapters, their updates as factors `M_t = B_t A_t`, and their weights.
 Streams = Callable[[], Iterable[tuple[Sequence[int], Sequence[LoraFactors], Sequence[float]]]]
 
@@ -139,7 +141,7 @@ def _blocks(streams: Streams) -> Iterator[tuple[Sequence[int], Tensor]]:
 
 def row_blocks(coordinates: Sequence[LoraFactors]) -> Iterator[tuple[slice, Tensor]]:
     p, q = coordinates[0].shape
-    step = max(1, BLOCK // q)
+    step = max(1, BLOCK.get(coordinates[0].B.device.type, BLOCK["cpu"]) // q)
     for start in range(0, p, step):
         rows = slice(start, start + step)
         yield rows, torch.stack([(f.B[rows] @ f.A).float() for f in coordinates])

@@ -94,7 +94,7 @@ def test_output_rank_is_the_promised_one(method):
 def test_blocks_change_nothing(method, monkeypatch):
     adapters = draw([3, 4, 2])
     whole = dense(method, adapters)
-    monkeypatch.setattr(rules, "BLOCK", 3 * 14)
+    monkeypatch.setitem(rules.BLOCK, "cpu", 3 * 14)
     assert torch.equal(dense(method, adapters), whole)
 
 

@@ -1,0 +1,156 @@
+"""The merge as one PEFT adapter: beside the model (`adapter: true`), or alone (`mergekit-tspa adapter`)."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+import yaml
+from mergekit import merge
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Executor, Task
+from mergekit.io.tasks import LoaderCache
+from mergekit.multigpu_executor import MultiGPUExecutor
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.plan import MergePlanner
+from pydantic import ConfigDict
+
+from mergekit_tspa.adapters.write import write_adapter
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
+from mergekit_tspa.methods import METHODS, LowRank
+from mergekit_tspa.methods.base import WeightPlan
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterFile:
+    """What is written of a merge."""
+
+    plans: list[WeightPlan]
+    directory: Path
+    base: str
+    task_type: str | None
+    dtype: str | None
+    card: str
+
+
+class SaveAdapter(Task[None], frozen=True):
+    """Collect the updates of all weights, which are small, and write them."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    updates: tuple[TakeUpdate, ...]
+    file: AdapterFile
+
+    def arguments(self) -> dict[str, Task]:
+        return {str(i): update for i, update in enumerate(self.updates)}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, **updates: tuple[torch.Tensor, ...]) -> None:
+        file = self.file
+        names = [plan.sources[0][1] for plan in file.plans]  # as the first adapter calls its module
+        modules = {name: plan.modules[0] for name, plan in zip(names, file.plans)}
+        merged = {name: LowRank(*updates[str(i)]) for i, name in enumerate(names)}
+        dtype = dtype_from_name(file.dtype) or torch.float32
+        write_adapter(file.directory, merged, modules, file.base, file.task_type, dtype)
+        (file.directory / "README.md").write_text(file.card, encoding="utf-8")
+
+
+def adapter_task(planner: MergePlanner, directory: Path, source: str | None = None) -> SaveAdapter:
+    """The task that writes the planned merge as an adapter.
+
+    Args:
+        source: the recipe as its author wrote it
+
+    Raises:
+        InputError: something in the merge is no low-rank update of a base weight.
+    """
+    config = planner.config
+    applied = {weight.name: task for weight, task in planner._tensors if isinstance(task, ApplyUpdates)}
+    if not applied:
+        raise InputError("the merge changes no weight, so there is no adapter to write")
+    for name, task in applied.items():
+        if reason := _not_low_rank(config.merge_method, name, task):
+            raise InputError(f"{name}: {reason}, so the merge cannot be written as an adapter")
+    parts = [task.parts[0] for task in applied.values()]
+    model = config.base_model.config(planner.options.trust_remote_code)
+    architecture = (getattr(model, "architectures", None) or [""])[0]
+    causal = "CAUSAL_LM" if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) else None
+    file = AdapterFile(
+        plans=[part.plan for part in parts],
+        directory=directory,
+        base=str(config.base_model),
+        task_type="SEQ_2_SEQ_LM" if getattr(model, "is_encoder_decoder", False) else causal,
+        dtype=config.out_dtype or config.dtype,
+        card=_card(config, [part.plan for part in parts], source or config.to_yaml()),
+    )
+    return SaveAdapter(updates=tuple(part.update for part in parts), file=file)
+
+
+def _not_low_rank(method: str, name: str, task: ApplyUpdates) -> str | None:
+    """Why a tensor's change is no LoRA update; None if it is one."""
+    (part, *more) = task.parts
+    plan = part.plan
+    if task.base.tensor != name:
+        return f"it is {task.base.tensor} of the base, whose layers this recipe rearranges"
+    if part.index or more:
+        return "it is a fused expert"
+    if plan.changes:
+        return "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
+    if any(module.magnitude is not None for module in plan.modules):
+        return "an adapter is a DoRA, whose magnitudes are not low-rank"
+    if METHODS[method].output == "dense" and plan.parameters.rank is None:
+        return f"{method} gives a dense update; set `rank`, or take the method in another space (core_, knots_, ctm_)"
+    return None
+
+
+def _card(config: MergeConfiguration, plans: list[WeightPlan], source: str) -> str:
+    """A model card: base, method, adapters with the range of their weights, recipe."""
+    method = METHODS[config.merge_method]
+    weights: dict[str, set[float]] = {}
+    for plan in plans:
+        for (adapter, _), weight in zip(plan.sources, plan.weights):
+            weights.setdefault(adapter.name, set()).add(weight)
+    rows = [
+        f"| {name} | {' to '.join(f'{w:g}' for w in sorted({min(used), max(used)}))} |"
+        for name, used in weights.items()
+    ]
+    head = ["---", f"base_model: {config.base_model}", "library_name: peft", "tags: [mergekit, merge, lora]", "---", ""]
+    title = [f"# {Path(str(config.base_model)).name}: merged adapter", ""]
+    text = [f"LoRA adapters merged by [{method.title}]({method.url}) ({method.paper}).", "", "| adapter | weight |"]
+    return "\n".join([*head, *title, *text, "|---|---|", *rows, "", "```yaml", source.strip(), "```", ""])
+
+
+@click.command("adapter", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
+@add_merge_options
+def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
+    """Merge to one PEFT adapter: the recipe of a full merge, without reading or writing a model."""
+    merge_options.apply_global_options()
+    source = config_file.read_text(encoding="utf-8")
+    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    if config.merge_method not in METHODS:
+        raise InputError(f"{config.merge_method}: not a method on adapters; see `mergekit-tspa methods`")
+    if (out_path / "config.json").exists():
+        raise InputError(
+            f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "
+            "name another directory"
+        )
+    architecture = merge.get_architecture_info(config, merge_options)
+    LoaderCache().setup(options=merge_options)
+    base = config.base_model.config(merge_options.trust_remote_code)
+    planner = MergePlanner(config, architecture, options=merge_options, out_model_config=base)
+    planner._plan()
+    save = adapter_task(planner, out_path, source)
+    if merge_options.multi_gpu:
+        executor = MultiGPUExecutor(targets=[save], storage_device="cpu")
+    else:
+        executor = Executor(targets=[save], math_device=merge_options.device, storage_device="cpu")
+    for _ in executor.run(quiet=merge_options.quiet):
+        pass
