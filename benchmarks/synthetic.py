@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
@@ -56,7 +57,33 @@ def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: i
     if shard:
         flush()
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    config = {
+    (path / "config.json").write_text(json.dumps(_config(layers, vocabulary, **shape)))
+    return path
+
+
+def write_sparse_llama(path: Path, layers: int, vocabulary: int = 128256, **shape) -> Path:
+    """The same checkpoint in one file whose header is real and whose weights are a hole: it takes no disk."""
+    shapes = {"model.embed_tokens.weight": (vocabulary, shape["hidden"])}
+    for i in range(layers):
+        shapes |= {f"model.layers.{i}.{m}.weight": s for m, s in linear_shapes(**shape).items()}
+        norms = ("input_layernorm", "post_attention_layernorm")
+        shapes |= {f"model.layers.{i}.{norm}.weight": (shape["hidden"],) for norm in norms}
+    shapes |= {"model.norm.weight": (shape["hidden"],), "lm_head.weight": (vocabulary, shape["hidden"])}
+    header, end = {}, 0
+    for name, dims in shapes.items():
+        start, end = end, end + 2 * prod(dims)
+        header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
+    packed = json.dumps(header).encode()
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(packed).to_bytes(8, "little") + packed)
+        file.truncate(8 + len(packed) + end)
+    (path / "config.json").write_text(json.dumps(_config(layers, vocabulary, **shape)))
+    return path
+
+
+def _config(layers: int, vocabulary: int, **shape) -> dict:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape["hidden"],
@@ -68,8 +95,6 @@ def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: i
         "vocab_size": vocabulary,
         "torch_dtype": "bfloat16",
     }
-    (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
 def write_adapters(path: Path, count: int, layers: int, rank: int, modules: tuple[str, ...], **shape) -> Iterator[Path]:
