@@ -15,6 +15,7 @@ _LAZY = {
     "InputError": "mergekit_tspa.errors",
     "LoraFactors": "mergekit_tspa.adapters",
     "METHODS": "mergekit_tspa.methods",
+    "add_merged_adapter": "mergekit_tspa.peft",
     "merge_adapters": "mergekit_tspa.api",
     "read_adapter": "mergekit_tspa.adapters",
 }

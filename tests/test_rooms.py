@@ -59,3 +59,12 @@ def test_only_the_graph_room_and_the_command_line_know_mergekit():
         if any(name.split(".")[0] == "mergekit" for name in imports(file))
     }
     assert knowing == {"graph"}
+
+
+def test_the_peft_entry_knows_the_other_entry_and_no_files():
+    """`mergekit_tspa/peft.py` adds to a loaded model; `peft` there is the library."""
+    found = imports(PACKAGE / "peft.py")
+    outside = {name.split(".")[0] for name in found} - {"mergekit_tspa"}
+    assert outside <= {"peft", "torch", "collections", "logging", "typing"}
+    rooms = {name.split(".")[1] for name in found if name.startswith("mergekit_tspa.")}
+    assert rooms <= {"adapters", "api", "errors", "methods"}
