@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py --base MODEL --scorer SCORE.py --adapters DIR [DIR ...] [-n 24] [--methods NAME ...]
 
-Each DIR holds one adapter per task.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED..` and prints a JSON
+Each DIR holds one adapter per task.  Losses are kept in --results as they come, so that an interrupted run goes on where
+it was.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED..` and prints a JSON
 line with `mean_loss` per merged model, after one for the base; the held-out texts are its own.  Every method of the
 table is run as it is, and some again with a setting that suits them; rows are sorted by the first column.
 """
@@ -82,26 +83,30 @@ def main() -> None:
     parser.add_argument("--scorer", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
     parser.add_argument("--methods", nargs="*", default=[])
+    parser.add_argument("--results", type=Path, default=Path("build/quality.json"))
     parser.add_argument("-n", type=int, default=24)
     args = parser.parse_args()
-    todo = list(rows(args.methods))
-    losses: dict[int, list[float]] = {i: [] for i in range(len(todo))}
+    settings = list(rows(args.methods))
+    losses = json.loads(args.results.read_text()) if args.results.exists() else {}  # {set: {label: loss}}
     for folder in args.adapters:
-        for start in range(0, len(todo), BATCH):
+        known = losses.setdefault(folder.name, {})
+        todo = [row for row in settings if label(*row) not in known]
+        for batch in (todo[start : start + BATCH] for start in range(0, len(todo), BATCH)):
             with tempfile.TemporaryDirectory() as work:
-                done = [
-                    i
-                    for i in range(start, min(start + BATCH, len(todo)))
-                    if merge(args.base, sorted(folder.iterdir()), Path(work, str(i)), *todo[i])
-                ]
-                for i, loss in zip(done, score(args.scorer, args.base, args.n, [Path(work, str(i)) for i in done])):
-                    losses[i].append(loss)
-                    print(f"{folder.name}: {label(*todo[i])} {loss:.3f}", file=sys.stderr, flush=True)
+                outs = [Path(work, str(i)) for i in range(len(batch))]
+                done = [merge(args.base, sorted(folder.iterdir()), out, *row) for out, row in zip(outs, batch)]
+                scored = score(args.scorer, args.base, args.n, [out for out, ok in zip(outs, done) if ok])
+            merged = [row for row, ok in zip(batch, done) if ok]
+            known.update({label(*row): loss for row, loss in zip(merged, scored)})
+            args.results.parent.mkdir(parents=True, exist_ok=True)
+            args.results.write_text(json.dumps(losses, indent=1))
+            print(f"{folder.name}: {len(known)} of {len(settings)}", file=sys.stderr, flush=True)
     names = [folder.name for folder in args.adapters]
     print(f"{date.today()}, {args.n} examples a task\n")
     print(f"| method, weight 1 unless told | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for i in sorted((i for i in losses if losses[i]), key=lambda i: losses[i][0]):
-        print(f"| {label(*todo[i])} | {' | '.join(f'{loss:.3f}' for loss in losses[i])} |")
+    first = losses[names[0]]
+    for row in sorted({label(*row) for row in settings} & first.keys(), key=first.__getitem__):
+        print(f"| {row} | {' | '.join(f'{losses[name][row]:.3f}' for name in names)} |")
 
 
 if __name__ == "__main__":

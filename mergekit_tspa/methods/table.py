@@ -136,8 +136,8 @@ def _needs(method: Method) -> str:
 
 def _parameters(parameters: type[Parameters]) -> str:
     """Names with defaults and ranges, without those that every method has in the same sense."""
-    common = {field.description for field in OneByOneParameters.model_fields.values()}
-    fields = {n: f for n, f in parameters.model_fields.items() if f.description not in common}
+    common = {(field.description, field.default) for field in OneByOneParameters.model_fields.values()}
+    fields = {n: f for n, f in parameters.model_fields.items() if (f.description, f.default) not in common}
     return ", ".join(f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()) or "-"
 
 
