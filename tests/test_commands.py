@@ -95,7 +95,7 @@ def test_fallback_command_without_the_entry_point(llama, adapters, tmp_path):
 
 def test_own_commands():
     help_text = run("mergekit-tspa", "--help").stdout
-    for command in ("yaml", "multi", "methods", "emr-task"):
+    for command in ("yaml", "multi", "adapter", "check", "methods", "emr-task"):
         assert command in help_text
     table = run("mergekit-tspa", "methods", COLUMNS="250").stdout
     from mergekit_tspa import METHODS
@@ -141,4 +141,4 @@ def test_example_recipes_are_valid(file):
         document.pop("name", None)
         config = MergeConfiguration.model_validate(document)
         if config.merge_method in METHODS:
-            _check_parameters(config, METHODS[config.merge_method])
+            assert not list(_check_parameters(config, METHODS[config.merge_method]))
