@@ -7,7 +7,7 @@ from mergekit_tspa.adapters.factors import LoraFactors
 from mergekit_tspa.adapters.geometry import AttentionGeometry
 from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
-from mergekit_tspa.adapters.reader import read_adapter
+from mergekit_tspa.adapters.reader import kind_of, read_adapter
 
 __all__ = [
     "Adapter",
@@ -20,6 +20,7 @@ __all__ = [
     "LoraModule",
     "base_of_adapter",
     "is_adapter",
+    "kind_of",
     "locate_adapter",
     "read_adapter",
 ]

@@ -64,8 +64,8 @@ class Checkpoint(Mapping[str, Tensor]):
         return len(self._files)
 
     @cached_property
-    def _headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shapes and dtypes of all tensors."""
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes, as safetensors or torch spell them, of all tensors."""
         headers = {}
         for file in dict.fromkeys(self._files.values()):
             opened = self._open(file)
@@ -78,11 +78,11 @@ class Checkpoint(Mapping[str, Tensor]):
         return headers
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for name, (shape, _) in self._headers.items()}
+        return {name: shape for name, (shape, _) in self.headers.items()}
 
     def quantised(self) -> set[str]:
         """The tensors that hold integers or floats of 8 bits or fewer."""
-        return {name for name, (_, dtype) in self._headers.items() if _QUANTISED.match(dtype)}
+        return {name for name, (_, dtype) in self.headers.items() if _QUANTISED.match(dtype)}
 
     def config(self) -> dict[str, Any]:
         """The model's `config.json`, completed with the defaults of its model type where transformers knows it."""

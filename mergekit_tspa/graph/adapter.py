@@ -1,6 +1,7 @@
 """The merge as one PEFT adapter: beside the model (`adapter: true`), or alone (`mergekit-tspa adapter`)."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,14 @@ class SaveAdapter(Task[None], frozen=True):
         (file.directory / "README.md").write_text(file.card, encoding="utf-8")
 
 
+def make_planner(config: MergeConfiguration, options: MergeOptions) -> MergePlanner:
+    """As `run_merge` makes it, but for the layers that slices add to or take from the output's configuration."""
+    architecture = merge.get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    base = config.base_model.config(options.trust_remote_code)
+    return MergePlanner(config, architecture, options=options, out_model_config=base)
+
+
 def adapter_task(planner: MergePlanner, directory: Path, source: str | None = None) -> SaveAdapter:
     """The task that writes the planned merge as an adapter.
 
@@ -109,17 +118,19 @@ def _not_low_rank(method: str, name: str, task: ApplyUpdates) -> str | None:
     return None
 
 
-def _card(config: MergeConfiguration, plans: list[WeightPlan], source: str) -> str:
-    """A model card: base, method, adapters with the range of their weights, recipe."""
-    method = METHODS[config.merge_method]
+def weight_ranges(plans: Iterable[WeightPlan]) -> dict[str, str]:
+    """The weights of each adapter, such as `0.5` or `0.5 to 0.7`."""
     weights: dict[str, set[float]] = {}
     for plan in plans:
         for (adapter, _), weight in zip(plan.sources, plan.weights):
             weights.setdefault(adapter.name, set()).add(weight)
-    rows = [
-        f"| {name} | {' to '.join(f'{w:g}' for w in sorted({min(used), max(used)}))} |"
-        for name, used in weights.items()
-    ]
+    return {name: " to ".join(f"{w:g}" for w in sorted({min(used), max(used)})) for name, used in weights.items()}
+
+
+def _card(config: MergeConfiguration, plans: list[WeightPlan], source: str) -> str:
+    """A model card: base, method, adapters with the range of their weights, recipe."""
+    method = METHODS[config.merge_method]
+    rows = [f"| {name} | {used} |" for name, used in weight_ranges(plans).items()]
     head = ["---", f"base_model: {config.base_model}", "library_name: peft", "tags: [mergekit, merge, lora]", "---", ""]
     title = [f"# {Path(str(config.base_model)).name}: merged adapter", ""]
     text = [f"LoRA adapters merged by [{method.title}]({method.url}) ({method.paper}).", "", "| adapter | weight |"]
@@ -142,10 +153,7 @@ def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
             f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "
             "name another directory"
         )
-    architecture = merge.get_architecture_info(config, merge_options)
-    LoaderCache().setup(options=merge_options)
-    base = config.base_model.config(merge_options.trust_remote_code)
-    planner = MergePlanner(config, architecture, options=merge_options, out_model_config=base)
+    planner = make_planner(config, merge_options)
     planner._plan()
     save = adapter_task(planner, out_path, source)
     if merge_options.multi_gpu:

@@ -136,6 +136,13 @@ class Method:
     check: Callable[[Sequence["WeightPlan"]], None] = lambda plans: None  # refuses ranks that it cannot merge
     drops_zeros: bool = True  # an adapter whose update of a weight is zero takes no part in that weight
 
+    def carried(self, plan: "WeightPlan") -> int:
+        """The rank that a weight's merged update can have before `rank` cuts it."""
+        shape = plan.modules[0].shape
+        largest = self.output == "largest rank" or (self.output == "parameter rank" and plan.parameters.rank is None)
+        total = max(plan.ranks) if largest else sum(plan.ranks)
+        return min(shape) if self.output == "dense" else min(total, *shape)
+
     def bind(self, values: Mapping[str, Any]) -> Parameters:
         """Validated parameters; unknown names and values out of range are one sentence."""
         unknown = set(values) - set(self.parameter_fields())
@@ -233,9 +240,7 @@ def check_plans(method: Method, plans: Sequence[WeightPlan]) -> None:
                 f"{plan.name}: {method.name} needs adapters of equal rank, and these have {plan.ranks}; use a method "
                 "without that need (mergekit-tspa methods)"
             )
-        shape = plan.modules[0].shape
-        total = max(plan.ranks) if method.output == "largest rank" else sum(plan.ranks)
-        carried = max(carried, min(shape) if method.output == "dense" else min(total, *shape))
+        carried = max(carried, method.carried(plan))
     asked = [plan.parameters.rank for plan in plans if plan.parameters.rank is not None]
     if len(asked) == len(plans) and asked and min(asked) > carried:
         raise InputError(f"rank {min(asked)}: the merged updates carry rank {carried} at most; leave it out")

@@ -88,16 +88,24 @@ def plain(cell: str) -> str:
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "")
 
 
-def about(name: str) -> str:
-    """One method in full, as Markdown.
-
+def find(name: str) -> Method:
+    """
     Raises:
         InputError: there is none of that name.
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=3)
         raise InputError(f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else ""))
-    method = METHODS[name]
+    return METHODS[name]
+
+
+def about(name: str) -> str:
+    """One method in full, as Markdown.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    method = find(name)
     lines = [f"**{method.name}**: {method.title}", "", f"{method.summary}. {_paper(method.paper, method.url)}", ""]
     lines += [f"- needs: {_needs(method)}", f"- rank of the result: {_RANKS.get(method.output, method.output)}"]
     lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
