@@ -1,4 +1,4 @@
-"""Time and peak memory of `mergekit-tspa adapter` on adapters of Llama-3-8B's shapes.
+"""Time and peak memory of `mergekit-tspa check` and `mergekit-tspa adapter` on adapters of Llama-3-8B's shapes.
 
     python benchmarks/adapter.py [--adapters 8] [--rank 16] [--methods NAME ...]
 
@@ -37,6 +37,10 @@ def main() -> None:
         models = [{"model": f"{base}+{a}"} for a in adapters]
         script = str(Path(sys.executable).parent / "mergekit-tspa")
         print("| method | seconds | peak MiB | adapter MiB |\n|---|---|---|---|")
+        recipe = folder / "check.yml"
+        recipe.write_text(yaml.safe_dump({"merge_method": "core_tsv", "models": models}))
+        seconds, peak = measure(script, "check", str(recipe))
+        print(f"| (check) | {seconds:.1f} | {peak:.0f} | - |", flush=True)
         for method in args.methods:
             recipe, out = folder / f"{method}.yml", folder / method
             parameters = {"rank": args.rank} if method in DENSE else {}
