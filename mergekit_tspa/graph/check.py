@@ -357,4 +357,4 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
             console.print(note, soft_wrap=True)
     for problem in problems:
         click.echo(f"Error: {problem}", err=True)
-    context.exit(bool(problems))
+    context.exit(1 if problems else 0)
