@@ -71,9 +71,9 @@ def _plan_tasks(plan) -> None:
     def plan_to_disk(self, out_path):
         tasks = to_disk(self, out_path)
         if _ours(self.config.merge_method):
-            from mergekit_tspa.graph.plan import record_tasks
+            from mergekit_tspa.graph.plan import log_tasks, record_tasks
 
-            tasks += record_tasks(self, out_path)
+            tasks += [*log_tasks(self, tasks), *record_tasks(self, out_path)]
         return tasks
 
     plan.MergePlanner.plan_to_disk = plan_to_disk
