@@ -84,8 +84,11 @@ def main() -> None:
         return ours(args.base, Path(full), int(rank), Path(out))
 
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
-    where = f"{platform.machine()}, {threads} CPU threads"
-    lines = [f"`python {' '.join(sys.argv)}`, {date.today()}, {where}; seconds: median of {args.runs} runs in turn.", ""]
+    lines = [
+        f"`python {' '.join(sys.argv)}`, {date.today()}, {platform.machine()}, {threads} CPU threads; seconds: median "
+        f"of {args.runs} runs in turn.",
+        "",
+    ]
     lines += [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -63,7 +63,8 @@ class ExtractedModule:
         """
         if self.known is None:
             W, W_base = self.read()
-            self.known, self.kept = self._extract(W.to(device, torch.float32) - W_base.to(device))
+            factors, self.kept = self._extract(W.to(device, torch.float32) - W_base.to(device))
+            self.known = LoraFactors(*(factor.cpu() for factor in factors))  # where adapters keep theirs
         return LoraFactors(*(factor.to(device, dtype) for factor in self.known))
 
     def _extract(self, D: Tensor) -> tuple[LoraFactors, float | None]:
@@ -71,18 +72,19 @@ class ExtractedModule:
         if not torch.isfinite(energy):
             raise InputError(f"{self.tensor}: it or the base's contains NaN or Inf")
         if not energy:
-            return LoraFactors(torch.zeros(len(D), rank), torch.zeros(rank, D.shape[1])), None
+            return LoraFactors(D.new_zeros(len(D), rank), D.new_zeros(rank, D.shape[1])), None
         seed = int.from_bytes(hashlib.sha256(self.tensor.encode()).digest()[:7], "big")
-        tried = min(rank, 32) if wanted else rank
+        k = min(rank, 32) if wanted else rank
         while True:
-            U, S, Vh = leading_triplets(D, tried, seed)
+            U, S, Vh = leading_triplets(D, k, seed)
             shares = (S.square().cumsum(0) / energy).clamp(max=1)
-            if not wanted or shares[-1] >= wanted or tried == rank:
+            if not wanted or shares[-1] >= wanted or k == rank:
                 break
-            tried = min(2 * tried, rank)
-        k = min(int((shares < wanted).sum()) + 1, tried) if wanted else rank
+            k = min(2 * k, rank)
+        if wanted:
+            k = min(int((shares < wanted).sum()) + 1, k)
         root = S[:k].sqrt()
-        return LoraFactors((U[:, :k] * root).cpu(), (root[:, None] * Vh[:k]).cpu()), shares[k - 1].item()
+        return LoraFactors(U[:, :k] * root, root[:, None] * Vh[:k]), shares[k - 1].item()
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +198,7 @@ def _same_tensors(name: str, model: BaseModel, base: BaseModel) -> dict[str, str
     """`{base tensor: tensor of the model}`; a head that is tied to the embedding may be stored or not."""
     if base.config and model.tied != base.tied:
         tied = name if model.tied else f"the base {base.name}"
-        raise InputError(f"{name}: only {tied} ties embedding and head to one tensor; untie it, or tie the other, first")
+        raise InputError(f"{name}: only {tied} ties embedding and head to one tensor; untie them there first")
     here, there = ({t for t in side.shapes if not _COMPUTED.search(t)} for side in (model, base))
     source = {tensor: tensor for tensor in base.shapes if tensor in there}
     if model.tied:

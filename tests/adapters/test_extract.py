@@ -104,8 +104,12 @@ def test_same_name_same_factors():
 
 
 def test_log(base, caplog):
-    changes = {"low": low_rank(96, 80), "dense": torch.randn(96, 80), "equal": torch.zeros(96, 80)}
-    for what, D in changes.items():
+    cases = {
+        "keep 100.0 %": low_rank(96, 80),
+        "raise extract_rank": torch.randn(96, 80),
+        "equal the base's": torch.zeros(96, 80),
+    }
+    for message, D in cases.items():
         adapter = extract(base, {f"{Q}.weight": base[f"{Q}.weight"] + D}, rank=4)
         caplog.clear()
         with caplog.at_level(logging.INFO):
@@ -114,8 +118,8 @@ def test_log(base, caplog):
             adapter.factors(Q)
             log_kept(adapter)
         (record,) = caplog.records
-        assert record.levelname == ("INFO" if what == "low" else "WARNING")
-        assert {"low": "keep 100.0 %", "dense": "raise extract_rank", "equal": "equal the base's"}[what] in record.message
+        assert record.levelname == ("INFO" if "100" in message else "WARNING")
+        assert message in record.message
 
 
 def test_tied_embeddings(base):
@@ -144,8 +148,8 @@ def test_bad_inputs(base):
     for message, (changed, here) in cases.items():
         with pytest.raises(InputError, match=message):
             extract(base, changed, here, config)
-    with pytest.raises(InputError, match="1 tensors of base are not in full, model.norm.weight"):
+    with pytest.raises(InputError, match=r"1 tensors of base are not in full, model\.norm\.weight"):
         less = {name: tensor for name, tensor in base.items() if name != NORM}
         extract_adapter("full", BaseModel.of("full", less), BaseModel.of("base", base), Extraction())
-    with pytest.raises(InputError, match="q_proj.weight.*NaN"):
+    with pytest.raises(InputError, match=r"q_proj\.weight.*NaN"):
         extract(base, {weight: base[weight] * torch.nan}).factors(Q)

@@ -67,6 +67,19 @@ def test_many_shards(llama, adapters, tmp_path):
     check(got, base_tensors(full))
 
 
+def test_conv1d_beside_dora(gpt2, tmp_path):
+    """GPT-2 stores the transpose, which the factors of a full model are made of and DoRA's magnitudes have to know."""
+    config = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    lora = save_adapter(gpt2, tmp_path / "lora", **config)
+    dora = save_adapter(gpt2, tmp_path / "dora", seed=3, use_dora=True, **config)
+    full = save_full(gpt2, tmp_path / "full", lora)
+    check(merged_tensors(with_full(gpt2, [], [full], method="tspa"), tmp_path / "one"), base_tensors(full))
+    config = with_full(gpt2, [dora], [full])
+    config["models"].reverse()
+    target = merged_tensors(recipe("lora_task_arithmetic", gpt2, [lora, dora]), tmp_path / "adapters")
+    check(merged_tensors(config, tmp_path / "both"), target)
+
+
 def test_experts(moe, tmp_path):  # noqa: F811
     """Apart on disk (Mixtral), and fused there (gpt-oss)."""
     for name, config in {
