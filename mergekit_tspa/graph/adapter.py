@@ -17,6 +17,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.plan import MergePlanner
 from pydantic import ConfigDict
 
+from mergekit_tspa.adapters.extract import StoredTensor
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
@@ -72,6 +73,7 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
     """
     config = planner.config
     applied = {weight.name: task for weight, task in planner._tensors if isinstance(task, ApplyUpdates)}
+    applied = {name: task for name, task in applied.items() if not _unchanged(task)}
     if not applied:
         raise InputError("the merge changes no weight, so there is no adapter to write")
     for name, task in applied.items():
@@ -90,6 +92,15 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
         card=_card(config, [part.plan for part in parts], source or config.to_yaml()),
     )
     return SaveAdapter(updates=tuple(part.update for part in parts), file=file)
+
+
+def _unchanged(task: ApplyUpdates) -> bool:
+    """Whether full models hold the base's own values of a tensor that they do not adapt by factors."""
+    changes = [change for part in task.parts for change, _ in part.plan.changes]
+    if any(part.plan.sources for part in task.parts) or not all(isinstance(c, StoredTensor) for c in changes):
+        return False
+    W = task.base.execute()
+    return not any(change.difference(W).any() for change in changes)
 
 
 def _not_low_rank(method: str, name: str, task: ApplyUpdates) -> str | None:

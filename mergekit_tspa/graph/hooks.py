@@ -73,9 +73,9 @@ def _plan_tasks(plan) -> None:
     def plan_to_disk(self, out_path):
         tasks = to_disk(self, out_path)
         if _ours(self.config.merge_method):
-            from mergekit_tspa.graph.plan import record_tasks
+            from mergekit_tspa.graph.plan import log_tasks, record_tasks
 
-            tasks += record_tasks(self, out_path)
+            tasks += [*log_tasks(self, tasks), *record_tasks(self, out_path)]
             if (self.config.parameters or {}).get("adapter"):
                 from mergekit_tspa.graph.adapter import adapter_task
 

@@ -1,6 +1,7 @@
 """Check and complete a recipe of one of our methods before mergekit looks at it."""
 
 import os
+from collections import ChainMap
 from collections.abc import Iterator
 
 from mergekit import common
@@ -10,37 +11,41 @@ from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
     MergeConfiguration,
+    OutputModuleDefinition,
     OutputSliceDefinition,
 )
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from mergekit_tspa.adapters import base_of_adapter, is_adapter
+from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.method import ADAPTER, AdapterMergeMethod
-from mergekit_tspa.graph.reference import AdapterReference
+from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.base import PER_MODEL
 
 Source = InputModelDefinition | InputSliceDefinition
+# What has `parameters`, besides the inputs themselves.
+Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
 
 
 def complete(config: MergeConfiguration, options: MergeOptions) -> None:
     """Check the recipe and complete it in place: bases of bare adapters, common base, base of every slice.
 
     Raises:
-        InputError: no adapters, adapters of different bases, an adapter listed twice, a full model as input,
-            an unknown parameter or a value out of range.
+        InputError: no adapters, adapters of different bases, an adapter listed twice, a full model of another
+            architecture, an unknown parameter or a value out of range.
     """
     method = METHODS[config.merge_method]
     _check_options(config, options)
     _check_parameters(config, method)
     _complete_adapters(config, options)
     _complete_base(config)
-    for group in _groups(config):
+    for group, _ in _groups(config):
         _check_sources(group, config.base_model)
-    for group in _groups(config):
+    for group, holders in _groups(config):
         for source in group:
-            source.model = _reference(source.model, config.base_model)
+            source.model = _reference(source, holders, config.base_model, method, options)
     for output_slice in _slices(config):
         _append_base(output_slice, config.base_model)
 
@@ -59,11 +64,28 @@ def _check_options(config: MergeConfiguration, options: MergeOptions) -> None:
             raise InputError("--multi-gpu: this machine has no accelerator; leave the option out") from error
 
 
-def _reference(reference: ModelReference, base: ModelReference) -> ModelReference:
-    """The base as `base_model` spells it, or an adapter on it."""
-    if reference.lora is None:
+def _reference(
+    source: Source, holders: list[Holder], base: ModelReference, method: Method, options: MergeOptions
+) -> ModelReference:
+    """The base as `base_model` spells it, an adapter on it, or a full model beside it."""
+    model, lora = source.model.model, source.model.lora
+    if lora:
+        return AdapterReference(model=base.model, lora=lora, override_architecture=base.override_architecture)
+    if _identity(model) == _identity(base.model):
         return base
-    return AdapterReference(model=base.model, lora=reference.lora, override_architecture=base.override_architecture)
+    try:
+        config = source.model.config(options.trust_remote_code)
+    except Exception as error:  # not there, not reachable, damaged: transformers has many words for it
+        raise InputError(f"{model}: there is neither an adapter nor a model with a config.json") from error
+    check_architecture(str(model), config.to_dict(), str(base), base.config(options.trust_remote_code).to_dict())
+    given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
+    settings = {name: given[name] for name in PER_MODEL if name in given}
+    return FullModelReference(
+        model=model,
+        base=base,
+        extraction=method.extraction(settings),
+        override_architecture=source.model.override_architecture,
+    )
 
 
 def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
@@ -72,20 +94,22 @@ def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
         yield from module.slices or ()
 
 
-def _groups(config: MergeConfiguration) -> Iterator[list[Source]]:
-    """The lists of inputs that are merged with each other."""
-    if config.models:
-        yield config.models
-    for module in (config.modules or {}).values():
-        if module.models:
-            yield module.models
-    for output_slice in _slices(config):
-        yield output_slice.sources
+def _groups(config: MergeConfiguration) -> Iterator[tuple[list[Source], list[Holder]]]:
+    """The lists of inputs that are merged with each other, and where their parameters may be, innermost first."""
+    for scope, outer in ((config, []), *((module, [config]) for module in (config.modules or {}).values())):
+        if scope.models:
+            yield scope.models, [scope, *outer]
+        for output_slice in scope.slices or ():
+            yield output_slice.sources, [output_slice, scope, *outer]
+
+
+def _sources(config: MergeConfiguration) -> Iterator[Source]:
+    return (source for group, _ in _groups(config) for source in group)
 
 
 def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> None:
     """Write an adapter that is given without its base as `base+adapter`."""
-    for source in (source for group in _groups(config) for source in group):
+    for source in _sources(config):
         path = source.model.model
         known = config.base_model and _identity(path) == _identity(config.base_model.model)
         if source.model.lora or known or not is_adapter(path.path, path.revision, options.transformers_cache):
@@ -109,11 +133,12 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
 
 
 def _complete_base(config: MergeConfiguration) -> None:
-    adapters = [source.model for group in _groups(config) for source in group if source.model.lora]
-    if not adapters:
+    adapters = [source.model for source in _sources(config) if source.model.lora]
+    base = config.base_model and _identity(config.base_model.model)
+    if not adapters and (base is None or all(_identity(source.model.model) == base for source in _sources(config))):
         raise InputError(
-            f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, or as "
-            "`model: adapter` for a directory without a model"
+            f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, as "
+            "`model: adapter` for a directory without a model, or, with base_model, as `model: full model`"
         )
     bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
     if config.base_model is None:
@@ -134,21 +159,17 @@ def _check_sources(group: list[Source], base: ModelReference) -> None:
     for source in group:
         reference = source.model
         same_base = _identity(reference.model) == _identity(base.model)
-        if reference.lora is None:
-            if not same_base:
-                raise InputError(
-                    f"{reference}: a full model among adapters is not supported; write `{base}+adapter`, or extract "
-                    "an adapter from it first (mergekit-extract-lora)"
-                )
+        if reference.lora is None and same_base:
             continue
-        if not same_base:
+        if reference.lora and not same_base:
             raise InputError(
                 f"{reference}: written on base {reference.model}, but this merge is based on {base}; "
                 "adapters of different bases cannot be merged"
             )
-        key = _identity(reference.lora)
+        added = reference.lora or reference.model
+        key = _identity(added)
         if key in seen:
-            raise InputError(f"{reference.lora}: listed twice; list it once with the summed weight")
+            raise InputError(f"{added}: listed twice; list it once with the summed weight")
         seen.add(key)
 
 
@@ -174,14 +195,15 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> None:
     """mergekit ignores parameters that it does not know; a misspelt one must not pass."""
     specs = {spec.name: spec for spec in AdapterMergeMethod(method).spec.parameters}
     shared_scopes = [config, *(config.modules or {}).values(), *_slices(config)]
-    sources = [source for group in _groups(config) for source in group]
-    for holder in [*shared_scopes, *sources]:
+    for holder in [*shared_scopes, *_sources(config)]:
         for name, setting in (holder.parameters or {}).items():
             if name not in specs:
                 raise InputError(method.unknown_parameter(name))
             if holder is not config and name == ADAPTER.name:
                 raise InputError(f"{name} applies to the whole merge; move it to the top level")
-            if isinstance(holder, Source) and name in method.parameter_fields():
+            if name in PER_MODEL and isinstance(setting, list):
+                raise InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
+            if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
                 raise InputError(f"{name} applies to the whole merge; move it from {holder.model} to the top level")
             for value in _scalars(setting):
                 try:

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from mergekit_tspa.adapters import Adapter, Change, LoraFactors, LoraModule
+from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, Extraction, LoraFactors, LoraModule
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.pico import at_mean_norm, pico
@@ -27,6 +27,17 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
     rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
+    extract_rank: int | None = Field(None, ge=1, description="rank of the factors of full models; 32 if not given")
+    extract_energy: float | None = Field(
+        None, gt=0, le=1, description="instead, the share of ||W - W_base||^2 that they keep, up to rank 256"
+    )
+
+    @property
+    def extraction(self) -> Extraction:
+        return Extraction(self.extract_rank, self.extract_energy)
+
+
+PER_MODEL = ("extract_rank", "extract_energy")  # parameters that may differ from model to model
 
 
 class OneByOneParameters(Parameters):
@@ -148,6 +159,16 @@ class Method:
             where = f"parameter {first['loc'][0]}: {first['input']!r}: " if first["loc"] else ""
             raise InputError(f"{self.name}: {where}{first['msg']}") from error
 
+    def extraction(self, values: Mapping[str, Any]) -> Extraction:
+        """How full models become factors for this method.
+
+        Raises:
+            InputError: a value out of range, or ranks that are not known beforehand where they must be equal.
+        """
+        if self.equal_ranks and values.get("extract_energy"):
+            raise InputError(f"extract_energy: {self.name} needs adapters of equal rank; give extract_rank instead")
+        return self.bind({name: values[name] for name in PER_MODEL if name in values}).extraction
+
     def parameter_fields(self) -> dict[str, FieldInfo]:
         """The parameters by their recipe names."""
         return {field.alias or name: field for name, field in self.parameters.model_fields.items()}
@@ -189,7 +210,8 @@ class WeightPlan(NamedTuple):
                 adapter.factors(name) if module.magnitude is None else module.magnitude
                 for (adapter, name), module in zip(self.sources, self.modules)
             ]
-            update = Dora(update, magnitudes, [scale * a for a in self.weights], self.modules[0].transposed)
+            transposed = any(module.transposed for module in self.modules)
+            update = Dora(update, magnitudes, [scale * a for a in self.weights], transposed)
         return Changed(update, *zip(*self.changes), scale) if self.changes else update
 
 
@@ -305,8 +327,9 @@ def merge_weights(
 def _warn_of_zeros(plans: Sequence[WeightPlan], inputs: Sequence[WeightInputs]) -> None:
     dropped: dict[Adapter, list[str]] = {}
     for plan, w in zip(plans, inputs):
-        for adapter, _ in plan.sources:
-            if adapter not in w.adapters:
+        for adapter, module in plan.sources:
+            # A full model may well leave most weights as they are; log_kept counts them.
+            if adapter not in w.adapters and not isinstance(adapter.modules[module], ExtractedModule):
                 dropped.setdefault(adapter, []).append(plan.name)
     for adapter, names in dropped.items():
         LOG.warning(

@@ -112,7 +112,7 @@ def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) 
 
     No method looks at such tensors (biases, norms, heads, embeddings, token rows), and there is no update whose
     size a weight could set: so they all merge as this mean.  Of trained tokens, a row's mean is over the adapters
-    that have this row.
+    that have this row.  Who left the tensor as it was has no part in the mean.
 
     Args:
         W: the base's tensor.
@@ -120,8 +120,10 @@ def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) 
     total, mass = torch.zeros_like(W, dtype=torch.float32), W.new_zeros(W.shape[:1], dtype=torch.float32)
     for change, weight in zip(changes, weights):
         rows = ... if change.rows is None else change.rows.to(W.device)
-        total[rows] += weight * change.difference(W[rows])
-        mass[rows] += abs(weight)
+        difference = change.difference(W[rows])
+        if difference.any():
+            total[rows] += weight * difference
+            mass[rows] += abs(weight)
     mass[mass == 0] = 1
     return total / mass.view(mass.shape + (1,) * (W.ndim - 1))
 

@@ -149,6 +149,31 @@ def test_conv1d_and_embeddings(gpt2, tmp_path):
             assert relative_error(found, tensor) < 1e-5
 
 
+def test_a_full_model_comes_back_as_an_adapter(llama, adapters, tmp_path):
+    """Its norms and embeddings are the base's, so that its difference is low-rank; a trained norm is named."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapters[0]).merge_and_unload()
+    full.save_pretrained(tmp_path / "full")
+    config = {
+        "merge_method": "lora_task_arithmetic",
+        "base_model": str(llama),
+        "models": [{"model": str(tmp_path / "full")}],
+        "parameters": {"extract_rank": 4},
+    }
+    result = adapter_command(config, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    check_config(tmp_path / "out", 4)
+    loaded = peft_merged(llama, tmp_path / "out")
+    for name, tensor in full.state_dict().items():
+        assert relative_error(loaded[name], tensor) < 1e-5
+    full.model.norm.weight.data += 1
+    full.save_pretrained(tmp_path / "full")
+    result = adapter_command(config, tmp_path / "out2")
+    assert result.exit_code == 1 and "model.norm.weight" in result.output and "full model's own" in result.output
+
+
 def test_what_cannot_be_an_adapter(llama, adapters, tmp_path, caplog):
     dense = recipe("lora_ties", llama, adapters, parameters={"adapter": True})
     result = adapter_command(dense, tmp_path / "a")
