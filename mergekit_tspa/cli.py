@@ -79,4 +79,5 @@ def emr_task(merged: Path, task: str, out: Path | None, quiet: bool):
     """Rebuild the model of one TASK from MERGED, the output of an emr method."""
     from mergekit_tspa.graph.emr_task import rebuild
 
+    merged = merged.resolve()
     rebuild(merged, task, out or merged.with_name(f"{merged.name}-{Path(task).name}"), quiet)

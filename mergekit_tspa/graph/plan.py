@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -263,7 +264,9 @@ def record_tasks(planner: MergePlanner, out_path: str) -> list[Task]:
         out_path=out_path, max_shard_size=options.out_shard_size, override_basename=RECORDS.removesuffix(".safetensors")
     )
     saved = []
-    description = {"base_model": str(planner.config.base_model), "method": method.name, "weights": {}}
+    base = str(planner.config.base_model)
+    base = os.path.abspath(base) if os.path.exists(base) else base
+    description = {"base_model": base, "method": method.name, "weights": {}}
     for name, task in applied.items():
         part = task.parts[0]
         plan = part.plan

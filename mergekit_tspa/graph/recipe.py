@@ -3,6 +3,7 @@
 import os
 from collections import ChainMap
 from collections.abc import Iterator
+from pathlib import Path
 
 from mergekit import common
 from mergekit.common import ModelPath, ModelReference
@@ -23,6 +24,7 @@ from mergekit_tspa.graph.method import ADAPTER, AdapterMergeMethod
 from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.base import PER_MODEL
+from mergekit_tspa.methods.emr import DESCRIPTION
 
 Source = InputModelDefinition | InputSliceDefinition
 # What has `parameters`, besides the inputs themselves.
@@ -201,6 +203,8 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> None:
                 raise InputError(method.unknown_parameter(name))
             if holder is not config and name == ADAPTER.name:
                 raise InputError(f"{name} applies to the whole merge; move it to the top level")
+            if name == ADAPTER.name and not isinstance(setting, bool):
+                raise InputError(f"{name}: {setting}: give true or false")
             if name in PER_MODEL and isinstance(setting, list):
                 raise InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
             if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
@@ -210,6 +214,20 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> None:
                     specs[name].validate(value)
                 except ValidationError as error:
                     raise InputError(f"parameter {name}: {value!r}: {error.errors()[0]['msg']}") from error
+
+
+def check_output(out: Path, config: MergeConfiguration) -> None:
+    """
+    Raises:
+        InputError: the output directory holds what would be taken for a part of this merge.
+    """
+    if (out / "adapter_config.json").exists():
+        raise InputError(f"{out}: holds an adapter, which transformers would apply to a model there; name another one")
+    kept = {DESCRIPTION: METHODS[config.merge_method].record is not None}
+    kept["adapter"] = (config.parameters or {}).get(ADAPTER.name) is True
+    for name, rewritten in kept.items():
+        if (out / name).exists() and not rewritten:
+            raise InputError(f"{out}: holds {name} of an earlier merge; remove it, or name another directory")
 
 
 def _scalars(setting) -> Iterator:

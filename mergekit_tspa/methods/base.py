@@ -204,14 +204,15 @@ class WeightPlan(NamedTuple):
 
     def finish(self, update: LowRank | Dense | None) -> MergedUpdate:
         """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes."""
-        scale = self.parameters.lambda_
+        scale = self.parameters.lambda_ / type(self.parameters).model_fields["lambda_"].default
         if any(module.magnitude is not None for module in self.modules):
             magnitudes = [
                 adapter.factors(name) if module.magnitude is None else module.magnitude
                 for (adapter, name), module in zip(self.sources, self.modules)
             ]
             transposed = any(module.transposed for module in self.modules)
-            update = Dora(update, magnitudes, [scale * a for a in self.weights], transposed)
+            shares = [scale * a / max(1, sum(map(abs, self.weights))) for a in self.weights]
+            update = Dora(update, magnitudes, shares, transposed)
         return Changed(update, *zip(*self.changes), scale) if self.changes else update
 
 
@@ -282,7 +283,9 @@ def survey_weights(
     """The method's statistics over the whole model, or None if it wants none."""
     if not surveys(method, plans):
         return None
-    return method.survey(lambda: (w for w in (load_weight(method, plan, device) for plan in plans) if w.factors))
+    return method.survey(
+        lambda: (_prepared(w) for w in (load_weight(method, plan, device) for plan in plans) if w.factors)
+    )
 
 
 def load_weight(method: Method, plan: WeightPlan, device: torch.device | str | None) -> WeightInputs:
@@ -317,8 +320,9 @@ def merge_weights(
         if not all(math.isfinite(bound) for t in update for bound in t.aminmax()):  # makes no copies of dense updates
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
-        if (plan.parameters.rank or update.rank) < update.rank:
-            updates[plan.name] = update.truncated(plan.parameters.rank)
+        rank = plan.parameters.rank
+        if rank and (rank < update.rank or isinstance(update, Dense)):
+            updates[plan.name] = update.truncated(rank)
             kept[plan.name] = (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
     reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
     return Merged([updates[plan.name] for plan in plans], reports)
@@ -343,13 +347,18 @@ def _zero(plan: WeightPlan, device: torch.device | str | None) -> LowRank:
     return LowRank(torch.zeros(d_out, 1, device=device), torch.zeros(1, d_in, device=device))
 
 
+def _prepared(w: WeightInputs) -> WeightInputs:
+    """What comes before the method's own function."""
+    return w._replace(factors=pico(w.factors)) if getattr(w.parameters, "pico", False) else w
+
+
 def one_by_one(rule: Callable[[WeightInputs], LoraFactors | Dense]):
     """`Method.merge` of a closed formula that looks at one weight at a time, with `OneByOneParameters` or without."""
 
     def merge_one(w: WeightInputs) -> LowRank | Dense:
         p = w.parameters
         before, after = getattr(p, "pico", False), getattr(p, "svc", False)
-        update = rule(w._replace(factors=pico(w.factors)) if before else w)
+        update = rule(_prepared(w))
         update = update if isinstance(update, Dense) else LowRank(*update)
         if before or after:
             weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_tspa.cli import main
 from tests.conftest import (
@@ -210,3 +210,49 @@ def test_bad_use(llama, adapters, tmp_path):
     }
     result = adapter_command(sliced, tmp_path / "z")
     assert result.exit_code == 1 and "rearranges" in result.output
+    sliced["slices"] = sliced["slices"][1:]
+    sliced["slices"][0]["sources"][0]["layer_range"] = [0, 1]
+    result = adapter_command(sliced, tmp_path / "z")
+    assert result.exit_code == 1 and "leaves out model.layers.1 of the base" in result.output
+    for bad, message in (
+        ({"merge_method": "core_tsv"}, "names nothing to merge"),
+        ({"models": []}, "no recipe that mergekit can read"),
+        (recipe("core_tsv", llama, adapters, tokenizer_source="base"), "has no tokenizer of its own"),
+        (recipe("core_tsv", llama, adapters, parameters={"adapter": [{"value": False}]}), "give true or false"),
+    ):
+        result = adapter_command(bad, tmp_path / "w")
+        assert result.exit_code == 1 and message in result.output
+    result = adapter_command(recipe("core_tsv", llama, adapters), tmp_path / "w.yml" / "out")
+    assert result.exit_code == 1 and "is a file" in result.output
+
+
+def test_directories_that_hold_something_else(llama, adapters, tmp_path):
+    assert adapter_command(recipe("core_tsv", llama, adapters), tmp_path / "a").exit_code == 0
+    result = merge(recipe("core_tsv", llama, adapters), tmp_path / "a")
+    assert result.exit_code == 1 and "holds an adapter" in result.output
+    both = recipe("core_tsv", llama, adapters, parameters={"adapter": True})
+    assert merge(both, tmp_path / "b").exit_code == merge(both, tmp_path / "b").exit_code == 0
+    result = merge(recipe("core_tsv", llama, adapters), tmp_path / "b")
+    assert result.exit_code == 1 and "holds adapter of an earlier merge" in result.output
+
+
+def test_adapters_that_name_their_modules_differently(llama, adapters, tmp_path):
+    """The written adapter has the names of the whole model, whichever adapter comes first."""
+    short = shutil.copytree(adapters[0], tmp_path / "short")
+    tensors = load_file(short / "adapter_model.safetensors")
+    renamed = {key.replace("base_model.model.model.", "base_model.model."): t for key, t in tensors.items()}
+    save_file(renamed, short / "adapter_model.safetensors")
+    config = recipe("core_tsv", llama, [short, adapters[1]], parameters={"adapter": True})
+    merged = merged_tensors(config, tmp_path / "out")
+    loaded = peft_merged(llama, tmp_path / "out/adapter")
+    for name, tensor in merged.items():
+        assert relative_error(loaded[name], tensor) < 1e-5
+
+
+def test_a_rank_above_a_narrow_weight(llama, adapters, tmp_path):
+    """`lora_ties` cut to a rank that some weights do not have: those stay whole."""
+    config = recipe("lora_ties", llama, adapters, parameters={"rank": 40, "adapter": True})
+    merged = merged_tensors(config, tmp_path / "out")
+    loaded = peft_merged(llama, tmp_path / "out/adapter")
+    for name, tensor in merged.items():
+        assert relative_error(loaded[name], tensor) < 1e-5
