@@ -3,7 +3,8 @@
     python benchmarks/extraction.py [--base build/models/SmolLM2-135M-Instruct] [--ranks 8 32 128] [--runs 3]
 
 The full model is the base with an adapter of rank 8 merged, and dense noise of a given share of its energy on top.
-Each time is that of a whole process, imports and files included; the runs take turns.
+Each time is that of a whole process, imports and files included; in brackets without what `--help` of the same program
+takes.  The runs take turns.
 """
 
 import argparse
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from mergekit_tspa.adapters import BaseModel, Checkpoint, Extraction, extract_adapter, read_adapter
 
@@ -29,6 +29,8 @@ HEADER = "| noise's share of the energy | rank | seconds, stock | seconds, ours 
 
 def make_full(base: Path, adapter: Path, noise: float, path: Path) -> Path:
     """The base with the adapter merged, and noise of `noise` of the adapter's energy on every linear weight."""
+    from transformers import AutoModelForCausalLM  # slow to import, and no part of what is measured
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     weights = {name: W for name, W in model.named_parameters() if W.ndim == 2 and "embed" not in name}
@@ -83,10 +85,13 @@ def main() -> None:
         full, rank, out = args.only_ours
         return ours(args.base, Path(full), int(rank), Path(out))
 
+    stock_command = Path(sys.executable).parent / "mergekit-extract-lora"
+    own_command = [sys.executable, __file__, "--base", args.base]
+    started = [statistics.median(seconds(*c, "--help") for _ in range(3)) for c in ([stock_command], own_command)]
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
     lines = [
         f"`python {' '.join(sys.argv)}`, {date.today()}, {platform.machine()}, {threads} CPU threads; seconds: median "
-        f"of {args.runs} runs in turn.",
+        f"of {args.runs} runs in turn, in brackets without start and imports.",
         "",
     ]
     lines += [HEADER, "|" + "---|" * HEADER.count(" | ") + "---|"]
@@ -97,11 +102,12 @@ def main() -> None:
             full = make_full(args.base, args.adapter, noise, folder / f"full-{noise}")
             for rank in args.ranks:
                 stock_out, our_out = folder / f"stock-{rank}", folder / f"ours-{rank}.safetensors"
-                command = [Path(sys.executable).parent / "mergekit-extract-lora", "--model", full]
-                command += ["--base-model", args.base, "--out-path", stock_out, "--max-rank", rank, "--device", "cpu"]
-                own = [sys.executable, __file__, "--base", args.base, "--only-ours", full, rank, our_out]
-                times = [(seconds(*command), seconds(*own)) for _ in range(args.runs)]
-                stock, mine = map(statistics.median, zip(*times))
+                stock = [stock_command, "--model", full, "--base-model", args.base]
+                stock += ["--out-path", stock_out, "--max-rank", rank, "--device", "cpu"]
+                own = [*own_command, "--only-ours", full, rank, our_out]
+                times = [(seconds(*stock), seconds(*own)) for _ in range(args.runs)]
+                took = [statistics.median(t) for t in zip(*times)]
+                work = [t - s for t, s in zip(took, started)]
                 saved = load_file(our_out)
                 factors = {key[:-2]: (saved[f"{key[:-2]}.B"], saved[key]) for key in saved if key.endswith(".A")}
                 extracted = read_adapter(stock_out)
@@ -109,7 +115,8 @@ def main() -> None:
                     error(args.base, full, {module: extracted.factors(module) for module in factors}),
                     error(args.base, full, factors),
                 ]
-                row = [f"{noise:g}", f"{rank}", f"{stock:.1f}", f"{mine:.1f}", f"{stock / mine:.1f}"]
+                row = [f"{noise:g}", f"{rank}", *(f"{t:.1f} ({w:.1f})" for t, w in zip(took, work))]
+                row.append(f"{took[0] / took[1]:.1f} ({work[0] / work[1]:.1f})")
                 lines.append("| " + " | ".join([*row, *(f"{e:.4f}" for e in errors)]) + " |")
                 print(lines[-1], flush=True)
     RESULTS.write_text("# Factors of a full model\n\n" + "\n".join(lines) + "\n")
