@@ -166,10 +166,8 @@ def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
     source = config_file.read_text(encoding="utf-8")
     try:
         config = MergeConfiguration.model_validate(yaml.safe_load(source))
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, ValidationError, RuntimeError) as error:
         raise InputError(f"{config_file}: no recipe that mergekit can read: {error}") from error
-    if not (config.models or config.slices or config.modules):
-        raise InputError(f"{config_file}: it names nothing to merge; list adapters under `models:`")
     if config.tokenizer or config.tokenizer_source:
         raise InputError(f"{config_file}: an adapter has no tokenizer of its own; leave the tokenizer options out")
     if config.merge_method not in METHODS:

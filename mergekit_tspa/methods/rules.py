@@ -111,8 +111,8 @@ class Rule:
 
     `merge(M, weights, parameters, room)` for a rule that commutes with changes of basis, with the number of directions
     that there is room for; a linear one only changes the weights of the sum, `linear(weights)`.  An elementwise rule
-    gets a block of rows of all matrices, `merge(M, weights, parameters, statistics, draw)`, where `draw()` gives uniform
-    numbers, and `survey(streams, parameters)` its statistics per adapter.
+    gets a block of rows of all matrices, `merge(M, weights, parameters, statistics, draw)`, where `draw()` gives
+    uniform numbers, and `survey(streams, parameters)` its statistics per adapter.
     """
 
     name: str

@@ -215,8 +215,8 @@ def test_bad_use(llama, adapters, tmp_path):
     result = adapter_command(sliced, tmp_path / "z")
     assert result.exit_code == 1 and "leaves out model.layers.1 of the base" in result.output
     for bad, message in (
-        ({"merge_method": "core_tsv"}, "names nothing to merge"),
-        ({"models": []}, "no recipe that mergekit can read"),
+        ({"merge_method": "core_tsv"}, "no recipe that mergekit can read"),
+        ({"models": [3]}, "no recipe that mergekit can read"),
         (recipe("core_tsv", llama, adapters, tokenizer_source="base"), "has no tokenizer of its own"),
         (recipe("core_tsv", llama, adapters, parameters={"adapter": [{"value": False}]}), "give true or false"),
     ):
