@@ -82,7 +82,7 @@ class Dora(NamedTuple):
 
     with norms of rows (of columns, where the base stores the transpose) and `m_0 = ||W||`.  For one DoRA adapter
     of weight 1 this is its own merge (Liu et al., DoRA, 2024, arXiv 2402.09353).  Several of weight 1 are averaged,
-    as a sum of their magnitudes' changes could pass 0; below it, m is cut off.
+    as a sum of their magnitudes' changes could pass 0 and turn rows around.
     """
 
     update: LowRank | Dense
@@ -102,7 +102,7 @@ class Dora(NamedTuple):
             else:
                 m += weight * (magnitude.to(V) - start)
         tiny = torch.finfo(V.dtype).tiny  # a row of zeros stays one
-        ratio = m.clamp(min=0) / self._norms(V).clamp_min(tiny)
+        ratio = m / self._norms(V).clamp_min(tiny)
         return V * (ratio if self.transposed else ratio.view(-1, *[1] * (V.ndim - 1)))
 
     def _norms(self, W: Tensor) -> Tensor:

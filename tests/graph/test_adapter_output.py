@@ -222,7 +222,8 @@ def test_bad_use(llama, adapters, tmp_path):
     ):
         result = adapter_command(bad, tmp_path / "w")
         assert result.exit_code == 1 and message in result.output
-    result = adapter_command(recipe("core_tsv", llama, adapters), tmp_path / "w.yml" / "out")
+    file = write_recipe(tmp_path / "r.yml", recipe("core_tsv", llama, adapters))
+    result = CliRunner().invoke(main, ["adapter", str(file), str(file / "out")])
     assert result.exit_code == 1 and "is a file" in result.output
 
 
