@@ -2,8 +2,8 @@
 
     python benchmarks/quality.py --base MODEL --scorer SCORE.py --adapters DIR [DIR ...] [-n 24] [--methods NAME ...]
 
-Each DIR holds one adapter per task.  Losses are kept in --results as they come, so that an interrupted run goes on where
-it was.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED..` and prints a JSON
+Each DIR holds one adapter per task.  Losses are kept in --results as they come; an interrupted run goes on where it
+was.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED..` and prints a JSON
 line with `mean_loss` per merged model, after one for the base; the held-out texts are its own.  Every method of the
 table is run as it is, and some again with a setting that suits them; rows are sorted by the first column.
 """

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter, AttentionGeometry, BaseModel, Checkpoint, locate_adapter, read_adapter
+from mergekit_tspa.adapters import (
+    Adapter,
+    AttentionGeometry,
+    BaseModel,
+    Checkpoint,
+    Extraction,
+    extract_adapter,
+    is_model,
+    locate_adapter,
+    log_kept,
+    read_adapter,
+)
 from mergekit_tspa.adapters.geometry import in_attention
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS, MergedUpdate, Report
@@ -46,15 +57,17 @@ def merge_adapters(
 
     Args:
         method: a name of `mergekit_tspa.METHODS`.
-        adapters: each a PEFT directory, a hub repository, or a mapping `module name -> (B, A)` with the LoRA
-            scale folded in.
+        adapters: each a PEFT directory, a hub repository, a mapping `module name -> (B, A)` with the LoRA
+            scale folded in, or the directory of a full model of the base's architecture.
         weights: one number per adapter, 1 by default; an adapter of weight 0 takes no part.
         base: the base model, a checkpoint directory or a mapping of tensors.  Needed by methods that look at
-            attention products and by PiSSA and OLoRA adapters; for others it only checks names and shapes.
+            attention products, by PiSSA and OLoRA adapters, and by full models; for others it only checks names and
+            shapes.
         geometry: head counts, when `base` is a mapping; a directory has them in its configuration.
         device: where the method computes; the CPU by default.
         progress: called with the name of a stage and the fraction of it that is done.
-        **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`).
+        **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`), `extract_rank` and
+            `extract_energy` for all full models.
 
     Returns:
         The update of every module that at least one adapter touches, in float32, by the module's name in the
@@ -80,15 +93,12 @@ def merge_adapters(
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)
-    loaded = [_load(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
     if base is not None and not isinstance(base, Mapping):
         base = Checkpoint(base)
 
     model = None if base is None else BaseModel.of("the base", base)
-    if model is None:
-        touched = [adapter.tensors for adapter in loaded]
-    else:
-        loaded, touched = zip(*(adapter.fit(model) for adapter in loaded))
+    extraction = row.extraction(parameters)
+    loaded, touched = zip(*(_load(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters)))
     plans = []
     names = (name for adapter, modules in zip(loaded, touched) for name in (*modules, *adapter.changes))
     for weight in dict.fromkeys(names):
@@ -107,16 +117,28 @@ def merge_adapters(
     ]
     survey = survey_weights(row, low_rank, device)
     updates, reports = merge_weights(row, low_rank, pairs, device, progress, survey)
+    for adapter in loaded:
+        log_kept(adapter)
     found = {plan.name: update for plan, update in zip(low_rank, updates)}
     merged = MergedAdapters({plan.name.removesuffix(".weight"): plan.finish(found.get(plan.name)) for plan in plans})
     merged.reports = reports
     return merged
 
 
-def _load(adapter: AdapterLike, name: str) -> Adapter:
-    if isinstance(adapter, Mapping):
-        return Adapter.from_factors(name, adapter)
-    return read_adapter(locate_adapter(os.fspath(adapter)), os.fspath(adapter))
+def _load(
+    given: AdapterLike, name: str, base: BaseModel | None, extraction: Extraction
+) -> tuple[Adapter, Mapping[str, str]]:
+    """The adapter, and `{tensor: module that updates it}`, matched to the base if there is one."""
+    if isinstance(given, Mapping):
+        adapter = Adapter.from_factors(name, given)
+    elif is_model(path := os.fspath(given)):
+        if base is None:
+            raise InputError(f"{path}: it is a full model; give the base whose difference to it is merged (base=)")
+        adapter = extract_adapter(path, BaseModel.of(path, Checkpoint(path)), base, extraction)
+        return adapter, adapter.tensors
+    else:
+        adapter = read_adapter(locate_adapter(path), path)
+    return adapter.fit(base) if base else (adapter, adapter.tensors)
 
 
 def _plan_pairs(

@@ -62,7 +62,7 @@ def methods(name: str | None, markdown: bool):
         drawn = Table(title=section.title, show_lines=True, title_justify="left")
         drawn.add_column(table.plain(section.columns[0]), no_wrap=True)
         drawn.add_column("what it does")
-        drawn.add_column("parameters besides weight, lambda, rank, pico, svc")
+        drawn.add_column("own parameters")
         for name, what, *facts, parameters, paper in section.rows:
             facts = [f"{column}: {fact}" for column, fact in zip(section.columns[2:], facts) if fact != "-"]
             cells = name, "\n".join([what, *facts, paper]), parameters.replace(", `", "\n`")
@@ -80,4 +80,5 @@ def emr_task(merged: Path, task: str, out: Path | None, quiet: bool):
     """Rebuild the model of one TASK from MERGED, the output of an emr method."""
     from mergekit_tspa.graph.emr_task import rebuild
 
+    merged = merged.resolve()
     rebuild(merged, task, out or merged.with_name(f"{merged.name}-{Path(task).name}"), quiet)

@@ -91,6 +91,8 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
     if not isinstance(model, PeftModel) or model.peft_type != PeftType.LORA:
         raise InputError("the model is no PeftModel with LoRA adapters: load some with PeftModel.from_pretrained")
     loaded = model.peft_config
+    if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
+        raise InputError(f"adapters must be a list of different names, not {adapters!r}")
     if unknown := [adapter for adapter in adapters if adapter not in loaded]:
         raise InputError(f"no adapter {unknown[0]!r} is loaded; loaded are {', '.join(loaded)}")
     if name in loaded:

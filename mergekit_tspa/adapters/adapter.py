@@ -15,8 +15,8 @@ from mergekit_tspa.errors import InputError
 # transformers' Conv1D stores (d_in, d_out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
-_HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"))
+HEADS = ("lm_head.weight", "embed_out.weight")
+EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class Adapter:
         modules = experts.settle(self.modules, base, self.name)
         adapter = replace(self, modules=modules, changes=self._tie_changes(base))
         named = adapter.tensors
-        if base.tied and (tied := [name for name in named if name.endswith(_HEADS + _EMBEDDINGS)]):
+        if base.tied and (tied := [name for name in named if name.endswith(HEADS + EMBEDDINGS)]):
             raise InputError(
                 f"{self.name}: it adapts {tied[0]}, but {base.name} ties embedding and head to one tensor; untie the "
                 "base first, or train without it"
@@ -121,7 +121,7 @@ class Adapter:
     def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: BaseModel):
         trained_on = f" (the adapter says it was trained on {self.base})" if self.base else ""
         there = base.shape(tensor)
-        if tensor.endswith(_HEADS + _EMBEDDINGS) and shape[1:] == there[1:]:
+        if tensor.endswith(HEADS + EMBEDDINGS) and shape[1:] == there[1:]:
             raise InputError(
                 f"{self.name}: its vocabulary has {shape[0]} tokens but {tensor} of {base.name} has {there[0]}; resize "
                 f"the base to {shape[0]} tokens first (resize_token_embeddings){trained_on}"
@@ -137,7 +137,7 @@ class Adapter:
         Raises:
             InputError: embedding and head were trained apart.
         """
-        head, embedding = (next((n for n in self.changes if n.endswith(e)), None) for e in (_HEADS, _EMBEDDINGS))
+        head, embedding = (next((n for n in self.changes if n.endswith(e)), None) for e in (HEADS, EMBEDDINGS))
         if not base.tied or not (head or embedding):
             return self.changes
         trained = self.changes.get(embedding or "")
@@ -149,4 +149,4 @@ class Adapter:
                 "the base first, or train with ensure_weight_tying"
             )
         changes = {name: change for name, change in self.changes.items() if name != head}
-        return changes | {tensor: trained for tensor in base.shapes if tensor.endswith(_HEADS)}
+        return changes | {tensor: trained for tensor in base.shapes if tensor.endswith(HEADS)}

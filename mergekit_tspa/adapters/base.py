@@ -88,6 +88,11 @@ class BaseModel:
         whole, bracket, _ = tensor.partition("[")
         return tuple(self.shapes[whole][1:] if bracket else self.shapes[whole])
 
+    def part(self, tensor: str) -> Tensor:
+        """Values of a tensor, or of one expert of a fused one."""
+        whole, bracket, expert = tensor.partition("[")
+        return self.read(whole)[int(expert[:-1])] if bracket else self.read(whole)
+
     def find_parts(self, name: str) -> dict[str, Index]:
         """The checkpoint's tensors that a tensor of run time is made of, and which part of it each one is."""
         tensor = self._run_time_names.find(name)

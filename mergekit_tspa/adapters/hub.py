@@ -49,6 +49,12 @@ def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = N
     return has(CONFIG_FILE) and not has("config.json")
 
 
+def is_model(path: str) -> bool:
+    """Whether a directory holds a full model."""
+    directory = Path(os.path.expanduser(path))
+    return (directory / "config.json").is_file() and not (directory / CONFIG_FILE).exists()
+
+
 def base_of_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:
     """The base model that an adapter's configuration names."""
     config = read_config(Path(locate_adapter(path, revision, cache_dir)), path)

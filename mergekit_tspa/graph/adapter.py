@@ -1,6 +1,7 @@
 """The merge as one PEFT adapter: beside the model (`adapter: true`), or alone (`mergekit-tspa adapter`)."""
 
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.plan import MergePlanner
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
+from mergekit_tspa.adapters import Checkpoint
+from mergekit_tspa.adapters.extract import StoredTensor
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
@@ -54,7 +57,7 @@ class SaveAdapter(Task[None], frozen=True):
 
     def execute(self, **updates: tuple[torch.Tensor, ...]) -> None:
         file = self.file
-        names = [plan.sources[0][1] for plan in file.plans]  # as the first adapter calls its module
+        names = [_module_name(plan) for plan in file.plans]
         modules = {name: plan.modules[0] for name, plan in zip(names, file.plans)}
         merged = {name: LowRank(*updates[str(i)]) for i, name in enumerate(names)}
         dtype = dtype_from_name(file.dtype) or torch.float32
@@ -70,6 +73,11 @@ def make_planner(config: MergeConfiguration, options: MergeOptions) -> MergePlan
     return MergePlanner(config, architecture, options=options, out_model_config=base)
 
 
+def _module_name(plan: WeightPlan) -> str:
+    """The module as PEFT finds it in the whole model: the longest of its names in the adapters and the base."""
+    return max((*(module for _, module in plan.sources), plan.name.removesuffix(".weight")), key=len)
+
+
 def adapter_task(planner: MergePlanner, directory: Path, source: str | None = None) -> SaveAdapter:
     """The task that writes the planned merge as an adapter.
 
@@ -81,9 +89,16 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
     """
     config = planner.config
     applied = {weight.name: task for weight, task in planner._tensors if isinstance(task, ApplyUpdates)}
+    applied = {name: task for name, task in applied.items() if not _unchanged(task)}
     if not applied:
         raise InputError("the merge changes no weight, so there is no adapter to write")
+    shapes = Checkpoint(LoaderCache().get(config.base_model).index.base_path).shapes()
+    planned = [getattr(task, "base", task).tensor for _, task in planner._tensors]
+    if missing := _layers(shapes) - _layers(planned):
+        raise InputError(f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model")
     for name, task in applied.items():
+        if len(shapes.get(task.base.tensor, ())) > 2 and not task.parts[0].index:
+            raise InputError(f"{name}: it is a convolution, for which no adapter is written")
         if reason := _not_low_rank(config.merge_method, name, task):
             raise InputError(f"{name}: {reason}, so the merge cannot be written as an adapter")
     parts = [task.parts[0] for task in applied.values()]
@@ -99,6 +114,20 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
         card=_card(config, [part.plan for part in parts], source or config.to_yaml()),
     )
     return SaveAdapter(updates=tuple(part.update for part in parts), file=file)
+
+
+def _layers(tensors: Iterable[str]) -> set[str]:
+    """Names of the layers that tensors belong to, such as `model.layers.3`."""
+    return {found[1] for tensor in tensors if (found := re.match(r"(.*?\.\d+)\.", tensor))}
+
+
+def _unchanged(task: ApplyUpdates) -> bool:
+    """Whether full models hold the base's own values of a tensor that they do not adapt by factors."""
+    changes = [change for part in task.parts for change, _ in part.plan.changes]
+    if any(part.plan.sources for part in task.parts) or not all(isinstance(c, StoredTensor) for c in changes):
+        return False
+    W = task.base.execute()
+    return not any(change.difference(W).any() for change in changes)
 
 
 def _not_low_rank(method: str, name: str, task: ApplyUpdates) -> str | None:
@@ -145,7 +174,12 @@ def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
     """Merge to one PEFT adapter: the recipe of a full merge, without reading or writing a model."""
     merge_options.apply_global_options()
     source = config_file.read_text(encoding="utf-8")
-    config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    try:
+        config = MergeConfiguration.model_validate(yaml.safe_load(source))
+    except (yaml.YAMLError, ValidationError, RuntimeError) as error:
+        raise InputError(f"{config_file}: no recipe that mergekit can read: {error}") from error
+    if config.tokenizer or config.tokenizer_source:
+        raise InputError(f"{config_file}: an adapter has no tokenizer of its own; leave the tokenizer options out")
     if config.merge_method not in METHODS:
         raise InputError(f"{config.merge_method}: not a method on adapters; see `mergekit-tspa methods`")
     if (out_path / "config.json").exists():
@@ -153,6 +187,8 @@ def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
             f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "
             "name another directory"
         )
+    if not next(path for path in (out_path, *out_path.absolute().parents) if path.exists()).is_dir():
+        raise InputError(f"{out_path}: a part of this path is a file; name another directory")
     planner = make_planner(config, merge_options)
     planner._plan()
     save = adapter_task(planner, out_path, source)

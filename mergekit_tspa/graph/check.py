@@ -1,4 +1,7 @@
-"""A dry run of a merge, from the headers of the base and the adapters alone (`mergekit-tspa check`)."""
+"""A dry run of a merge, from the adapters and the headers of the models alone (`mergekit-tspa check`).
+
+Only whether a full model leaves room for an adapter as the result is seen from its norms, biases and embeddings.
+"""
 
 import logging
 import math
@@ -24,12 +27,22 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from mergekit_tspa.adapters import Adapter, BaseModel, Checkpoint, kind_of, locate_adapter, read_adapter
+from mergekit_tspa.adapters import (
+    Adapter,
+    BaseModel,
+    Change,
+    Checkpoint,
+    ExtractedModule,
+    LoraModule,
+    kind_of,
+    locate_adapter,
+    read_adapter,
+)
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.adapter import adapter_task, make_planner, weight_ranges
 from mergekit_tspa.graph.method import ADAPTER
-from mergekit_tspa.graph.recipe import faults, groups
-from mergekit_tspa.graph.reference import AdapterReference
+from mergekit_tspa.graph.recipe import faults, sources
+from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.graph.tasks import ApplyUpdates
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.base import WeightPlan
@@ -44,11 +57,11 @@ _FAR = 4  # how many times smaller than what it cuts `rank` may be without a war
 
 
 class ReadAdapter(NamedTuple):
-    """An adapter that could be read, and what its configuration calls it."""
+    """An adapter that could be read, or a full model as one, and what its configuration calls it."""
 
     adapter: Adapter
     kind: str
-    norms: dict[str, float]  # ||dW|| by module, where it can be said without the base's weights
+    norms: dict[str, float]  # ||dW|| by module, where it can be said without a model's weights
 
     @classmethod
     def of(cls, reference: ModelReference, fit: bool) -> "ReadAdapter":
@@ -57,6 +70,8 @@ class ReadAdapter(NamedTuple):
         Raises:
             InputError: it is not readable or does not fit.
         """
+        if isinstance(reference, FullModelReference):
+            return cls(LoaderCache().get(reference).adapter, "full model", {})
         lora = reference.lora
         directory = locate_adapter(lora.path, lora.revision, LoaderCache().hf_cache_dir)
         if fit and isinstance(reference, AdapterReference):
@@ -72,9 +87,18 @@ class ReadAdapter(NamedTuple):
         return math.hypot(*self.norms.values()) if self.norms.keys() == self.adapter.modules.keys() else None
 
     @property
+    def stored(self) -> list[LoraModule]:
+        """Its modules as they are on disk; a full model has none."""
+        return [module for module in self.adapter.modules.values() if isinstance(module, LoraModule)]
+
+    @property
     def nbytes(self) -> int:
-        tensors = [t for module in self.adapter.modules.values() for t in (module.A, module.B)]
-        return sum(t.nbytes for t in (*tensors, *(change.value for change in self.adapter.changes.values())))
+        """Of what is kept in memory of it."""
+        modules, changes = self.adapter.modules.values(), self.adapter.changes.values()
+        tensors = [t for module in self.stored for t in (module.A, module.B)]
+        tensors += [change.value for change in changes if isinstance(change, Change)]
+        made = sum(4 * module.rank * sum(module.shape) for module in modules if isinstance(module, ExtractedModule))
+        return made + sum(t.nbytes for t in tensors)
 
     def warnings(self, method: Method, base: ModelReference | None) -> Iterator[str]:
         adapter = self.adapter
@@ -86,16 +110,17 @@ class ReadAdapter(NamedTuple):
 
     def row(self, weight: str, median: float) -> list[str]:
         modules = self.adapter.modules
-        ranks = {module.A.shape[0] for module in modules.values()}
+        ranks = {len(module.A) for module in self.stored} or {module.rank for module in modules.values()}
         layers = {name.partition("[")[0].rpartition(".")[2] for name in modules}
-        changes = f"; {len(self.adapter.changes)} tensors trained directly" if self.adapter.changes else ""
+        apart = "trained directly" if self.stored or not modules else "merged as they are"
+        changes = f"; {len(self.adapter.changes)} tensors {apart}" if self.adapter.changes else ""
         norm = "needs the base" if self.norm is None else f"{self.norm:.4g}"
         return [
             self.adapter.name,
             self.kind,
             " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else "-",
             f"{len(modules)}: {' '.join(sorted(layers))}{changes}",
-            ", ".join(sorted({str(module.A.dtype).removeprefix("torch.") for module in modules.values()})),
+            ", ".join(sorted({str(module.A.dtype).removeprefix("torch.") for module in self.stored})) or "-",
             f"{norm} ({self.norm / median:.2g}x)" if self.norm and median else norm,
             weight,
         ]
@@ -114,6 +139,11 @@ class Output:
     def plans(self) -> list[WeightPlan]:
         """Of the weights that the method merges."""
         return [part.plan for task in self.applied.values() for part in task.parts if part.update]
+
+    @property
+    def extracts(self) -> bool:
+        """Whether it makes factors of full models, whose ranks are not known for certain."""
+        return any(isinstance(module, ExtractedModule) for plan in self.plans for module in plan.modules)
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, str] | None]:
@@ -176,7 +206,7 @@ class Output:
             return f"none can be written: {error.message}"
         rank = max(map(self.rank, file.plans))
         size = sum(rank * sum(plan.modules[0].shape) for plan in file.plans) * _itemsize(file.dtype or "float32")
-        most = " at most" if self.method.output in ("k + n c", "clusters") else ""
+        most = " at most" if self.extracts or self.method.output in ("k + n c", "clusters") else ""
         where = "adapter/adapter_model.safetensors" if self.wants_adapter else "can be written (adapter: true)"
         return f"{where}, rank {rank}{most}, {size:,} bytes ({_size(size)}){most}"
 
@@ -197,7 +227,7 @@ class Output:
             "adapters": sum(adapter.nbytes for adapter in adapters),
             "a chunk to merge": max((sum(p.nbytes for p in (*c.plans, *c.pairs)) for c in chunks), default=0),
             "merged updates": merged if self.method.solves or self.wants_adapter else 0,
-            "a tensor in float32": (3 if self.method.output == "dense" else 2) * largest,
+            "a tensor in float32": (3 if self.extracts or self.method.output == "dense" else 2) * largest,
             "a shard of the output": self._shard_size,
             "a shard of the base": 0 if index.is_safetensors else shard,
         }
@@ -242,20 +272,24 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
     problems = report.problems
     LoaderCache().setup(options=options)
     with _collected(report.warnings):
-        problems += [fault.message for fault in faults(config, options)]
+        problems += dict.fromkeys(fault.message for fault in faults(config, options, stages))
         base = config.base_model
+        given = sorted(stages & {model.model.path for model in config.referenced_models()})
+        for stage in given:
+            report.warnings.append(
+                f"{stage} is the result of another stage and taken as given: the plan is not checked"
+            )
         staged = base is not None and base.model.path in stages
-        if staged:
-            report.warnings.append(f"{base} is the result of another stage and taken as given: nothing is fitted to it")
         unreadable = f"base {base} is not readable as a model"
         found = base and not staged and _attempt(problems, unreadable, lambda: _open_base(base, options))
-        for reference in dict.fromkeys(source.model for group in groups(config) for source in group):
-            if reference.lora:
-                read = _attempt(problems, reference.lora, lambda: ReadAdapter.of(reference, bool(found)))  # noqa: B023
+        for reference in dict.fromkeys(source.model for source in sources(config)):
+            if reference.lora or (found and isinstance(reference, FullModelReference)):
+                name = reference.lora or reference.model
+                read = _attempt(problems, name, lambda: ReadAdapter.of(reference, bool(found)))  # noqa: B023
                 report.adapters += [read] if read else []
         for adapter in report.adapters:
             report.warnings += adapter.warnings(method, None if staged else base)
-        if found and not problems:
+        if found and not problems and not given:
             report.output = _attempt(problems, config.merge_method, lambda: _plan(config, options))
         if report.output:
             report.warnings += report.output.warnings()
@@ -269,7 +303,7 @@ def _open_base(base: ModelReference, options: MergeOptions) -> bool:
 
 def _plan(config: MergeConfiguration, options: MergeOptions) -> Output:
     planner = make_planner(config, options)
-    planner.plan_to_disk("")
+    planner.plan_to_disk(os.devnull)  # where no earlier merge lies
     return Output(planner)
 
 

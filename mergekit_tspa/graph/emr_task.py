@@ -36,10 +36,17 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
     if out.exists():
         raise InputError(f"{out}: is there already; name another directory with --out")
     records = Checkpoint(merged, (RECORDS,))
-    base = ModelReference.parse(description["base_model"]).lazy_loader()
-    unified = LazyTensorLoader(ShardedTensorIndex.from_disk(str(merged)), lazy_unpickle=True)
-    shutil.copytree(merged, out, ignore=lambda _, names: [n for n in names if n.endswith(_WEIGHTS) or n == DESCRIPTION])
-    with TensorWriter(str(out)) as writer:
+    base = description["base_model"]
+    try:
+        base = ModelReference.parse(base).lazy_loader(lazy_unpickle=False)
+    except Exception as error:  # not there, not reachable, not a model: all need the same way out
+        raise InputError(f"{base}: the base of {merged} cannot be read ({error}); put it there again") from error
+    unified = LazyTensorLoader(ShardedTensorIndex.from_disk(str(merged)), lazy_unpickle=False)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    skipped = lambda _, names: [n for n in names if n.endswith(_WEIGHTS) or n == DESCRIPTION]  # noqa: E731
+    shutil.copytree(merged, unfinished, ignore=skipped)
+    with TensorWriter(str(unfinished)) as writer:
         for name in tqdm(unified.index.tensor_paths, desc=f"rebuilding {task}", disable=quiet):
             tensor = unified.get_tensor(name)
             if name in weights:
@@ -48,6 +55,7 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
                 update = None if position is None else task_update(_record(records, name), position)
                 tensor = (before if update is None else update.apply_to(before)).to(tensor.dtype)
             writer.save_tensor(name, tensor)
+    unfinished.rename(out)
 
 
 def _find(task: str, known: set[str]) -> str:

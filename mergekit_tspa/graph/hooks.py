@@ -71,12 +71,17 @@ def _plan_tasks(plan) -> None:
 
     @functools.wraps(to_disk)
     def plan_to_disk(self, out_path):
-        tasks = to_disk(self, out_path)
-        if _ours(self.config.merge_method):
-            from mergekit_tspa.graph.plan import record_tasks
+        ours = _ours(self.config.merge_method)
+        if ours:
+            from mergekit_tspa.graph.recipe import check_output
 
-            tasks += record_tasks(self, out_path)
-            if (self.config.parameters or {}).get("adapter"):
+            check_output(Path(out_path), self.config)
+        tasks = to_disk(self, out_path)
+        if ours:
+            from mergekit_tspa.graph.plan import log_tasks, record_tasks
+
+            tasks += [*log_tasks(self, tasks), *record_tasks(self, out_path)]
+            if (self.config.parameters or {}).get("adapter") is True:
                 from mergekit_tspa.graph.adapter import adapter_task
 
                 try:

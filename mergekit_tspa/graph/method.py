@@ -15,6 +15,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import Method
+from mergekit_tspa.methods.base import PER_MODEL
 
 WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, 1.0, "weight of the adapter")
 ADAPTER = ParameterSpec("adapter", bool, ParameterScope.SHARED, False, "also write the merge as one PEFT adapter")
@@ -33,7 +34,7 @@ class AdapterMergeMethod(GroupMergeMethod):
             ParameterSpec(
                 name,
                 Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation,
-                ParameterScope.SHARED,
+                ParameterScope.NON_BASE if name in PER_MODEL else ParameterScope.SHARED,
                 field.default,
                 field.description,
             )

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -9,19 +10,20 @@ from functools import cache
 from mergekit import common
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoaderCache, LoadTensor, TensorWriterTask
+from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache, LoadTensor, TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
 from mergekit_tspa.adapters import AttentionGeometry, Checkpoint, Index
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.method import ADAPTER, dense_message
-from mergekit_tspa.graph.reference import AdapterReference
+from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.graph.tasks import (
     ApplyUpdates,
     Chunk,
     FinishRecords,
     LoadSide,
+    LogKept,
     MergeChunk,
     Part,
     SaveRecord,
@@ -147,8 +149,8 @@ def _inputs(
         parts = next((loader.parts[n] for n in (given.name, *(given.aliases or ())) if n in loader.parts), {})
         if parts and reference not in infos:
             raise InputError(
-                f"{reference.lora}: it adapts {given.name}, but mergekit does not weigh the inputs of the last slice "
-                "for tensors outside the layers; give all slices the same inputs, some with weight 0"
+                f"{loader.adapter.name}: it adapts {given.name}, but mergekit does not weigh the inputs of the last "
+                "slice for tensors outside the layers; give all slices the same inputs, some with weight 0"
             )
         done.update(parts)
         for part, index in parts.items():
@@ -165,19 +167,20 @@ def _inputs(
 def _refuse_dense(method: Method, name: str, task: ExecuteMergeMethodTask) -> None:
     """A tensor whose vocabulary mergekit aligns reaches the method dense."""
     for reference in task.model_order:
-        if isinstance(reference, AdapterReference) and name in LoaderCache().get(reference).parts:
-            raise InputError(dense_message(method, name, str(reference.lora)))
+        if isinstance(reference, AdapterReference) and name in (loader := LoaderCache().get(reference)).parts:
+            raise InputError(dense_message(method, name, loader.adapter.name))
 
 
 def _check_touched(touched: dict[ModelReference, set[str]]) -> None:
     for reference, tensors in touched.items():
-        missing = LoaderCache().get(reference).adapted - tensors
+        loader = LoaderCache().get(reference)
+        missing = loader.adapted - tensors
         if not tensors:
-            raise InputError(f"{reference.lora}: nothing of this adapter lies in the layers that the recipe merges")
+            raise InputError(f"{loader.adapter.name}: nothing of it lies in the layers that the recipe merges")
         if missing:
             LOG.warning(
                 "%s: %d of its tensors are not part of the output, %s among them",
-                *(reference.lora, len(missing), min(missing)),
+                *(loader.adapter.name, len(missing), min(missing)),
             )
 
 
@@ -240,6 +243,13 @@ def _merge_task(
     return MergeChunk(chunk=chunk, sides=tuple(sides), survey=survey, device=device, quiet=quiet)
 
 
+def log_tasks(planner: MergePlanner, tasks: Sequence[Task]) -> list[Task]:
+    """The task that reports on the full models of the merge, after all that `tasks` write."""
+    full = [model for model in planner.config.referenced_models() if isinstance(model, FullModelReference)]
+    adapters = tuple(LoaderCache().get(model).adapter for model in sorted(full, key=str))
+    return [LogKept(finish=task, adapters=adapters) for task in tasks if full and isinstance(task, FinalizeModel)]
+
+
 def record_tasks(planner: MergePlanner, out_path: str) -> list[Task]:
     """Tasks that write what the method keeps beside the model in `out_path`; none for most methods.
 
@@ -254,7 +264,9 @@ def record_tasks(planner: MergePlanner, out_path: str) -> list[Task]:
         out_path=out_path, max_shard_size=options.out_shard_size, override_basename=RECORDS.removesuffix(".safetensors")
     )
     saved = []
-    description = {"base_model": str(planner.config.base_model), "method": method.name, "weights": {}}
+    base = str(planner.config.base_model)
+    base = os.path.abspath(base) if os.path.exists(base) else base
+    description = {"base_model": base, "method": method.name, "weights": {}}
     for name, task in applied.items():
         part = task.parts[0]
         plan = part.plan

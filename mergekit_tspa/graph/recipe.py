@@ -1,7 +1,10 @@
 """Check and complete a recipe of one of our methods before mergekit looks at it."""
 
 import os
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Set
+from pathlib import Path
+from typing import Any
 
 from mergekit import common
 from mergekit.common import ModelPath, ModelReference
@@ -10,18 +13,23 @@ from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
     MergeConfiguration,
+    OutputModuleDefinition,
     OutputSliceDefinition,
 )
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
-from mergekit_tspa.adapters import base_of_adapter, is_adapter
+from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.method import ADAPTER, AdapterMergeMethod
-from mergekit_tspa.graph.reference import AdapterReference
+from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.base import PER_MODEL
+from mergekit_tspa.methods.emr import DESCRIPTION
 
 Source = InputModelDefinition | InputSliceDefinition
+# What has `parameters`, besides the inputs themselves.
+Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
 
 
 def complete(config: MergeConfiguration, options: MergeOptions) -> None:
@@ -34,21 +42,24 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
         raise fault
 
 
-def faults(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
+def faults(config: MergeConfiguration, options: MergeOptions, absent: Set[str] = frozenset()) -> Iterator[InputError]:
     """What is wrong with the recipe, which is completed on the way.
 
-    No adapters, adapters of different bases, an adapter listed twice, a full model as input, an unknown parameter or a
-    value out of range.
+    No adapters, adapters of different bases, an adapter listed twice, a full model of another architecture, an unknown
+    parameter or a value out of range.
+
+    Args:
+        absent: models that do not exist yet; what needs them stays as it is
     """
     yield from _check_options(config, options)
-    yield from _check_parameters(config, METHODS[config.merge_method])
+    flawed = list(_check_parameters(config, METHODS[config.merge_method]))
+    yield from flawed
     for step in (_complete_adapters(config, options), _complete_base(config)):
         found = list(step)
         yield from found
         if found:
             return
-    for group in groups(config):
-        yield from _complete_sources(group, config.base_model)
+    yield from _complete_sources(config, options, absent, parameters=not flawed)
     for output_slice in _slices(config):
         yield from _append_base(output_slice, config.base_model)
 
@@ -73,20 +84,23 @@ def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
         yield from module.slices or ()
 
 
-def groups(config: MergeConfiguration) -> Iterator[list[Source]]:
-    """The lists of inputs that are merged with each other."""
-    if config.models:
-        yield config.models
-    for module in (config.modules or {}).values():
-        if module.models:
-            yield module.models
-    for output_slice in _slices(config):
-        yield output_slice.sources
+def _groups(config: MergeConfiguration) -> Iterator[tuple[list[Source], list[Holder]]]:
+    """The lists of inputs that are merged with each other, and where their parameters may be, innermost first."""
+    for scope, outer in ((config, []), *((module, [config]) for module in (config.modules or {}).values())):
+        if scope.models:
+            yield scope.models, [scope, *outer]
+        for output_slice in scope.slices or ():
+            yield output_slice.sources, [output_slice, scope, *outer]
+
+
+def sources(config: MergeConfiguration) -> Iterator[Source]:
+    """All inputs of the recipe."""
+    return (source for group, _ in _groups(config) for source in group)
 
 
 def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     """Write an adapter that is given without its base as `base+adapter`."""
-    for source in (source for group in groups(config) for source in group):
+    for source in sources(config):
         path = source.model.model
         known = config.base_model and _identity(path) == _identity(config.base_model.model)
         if source.model.lora or known or not is_adapter(path.path, path.revision, options.transformers_cache):
@@ -114,11 +128,12 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
 
 
 def _complete_base(config: MergeConfiguration) -> Iterator[InputError]:
-    adapters = [source.model for group in groups(config) for source in group if source.model.lora]
-    if not adapters:
+    adapters = [source.model for source in sources(config) if source.model.lora]
+    base = config.base_model and _identity(config.base_model.model)
+    if not adapters and (base is None or all(_identity(source.model.model) == base for source in sources(config))):
         yield InputError(
-            f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, or as "
-            "`model: adapter` for a directory without a model"
+            f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, as "
+            "`model: adapter` for a directory without a model, or, with base_model, as `model: full model`"
         )
         return
     bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
@@ -136,32 +151,78 @@ def _complete_base(config: MergeConfiguration) -> Iterator[InputError]:
         )
 
 
-def _complete_sources(group: list[Source], base: ModelReference) -> Iterator[InputError]:
-    """Write the base as `base_model` spells it, and adapters as references on it."""
-    seen = set()
-    for source in group:
-        reference = source.model
-        same_base = _identity(reference.model) == _identity(base.model)
-        if not same_base and reference.lora is None:
-            yield InputError(
-                f"{reference}: a full model among adapters is not supported; write `{base}+adapter`, or extract "
-                "an adapter from it first (mergekit-extract-lora)"
-            )
-        elif not same_base:
-            yield InputError(
-                f"{reference}: written on base {reference.model}, but this merge is based on {base}; "
-                "adapters of different bases cannot be merged"
-            )
-        elif reference.lora is None:
-            source.model = base
-        else:
-            key = _identity(reference.lora)
-            if key in seen:
-                yield InputError(f"{reference.lora}: listed twice; list it once with the summed weight")
-            seen.add(key)
-            source.model = AdapterReference(
-                model=base.model, lora=reference.lora, override_architecture=base.override_architecture
-            )
+def _complete_sources(
+    config: MergeConfiguration, options: MergeOptions, absent: Set[str], parameters: bool
+) -> Iterator[InputError]:
+    """Write the base as `base_model` spells it, adapters as references on it, and full models as such beside it.
+
+    Args:
+        parameters: whether those of the recipe can be relied on; the defaults are taken otherwise
+    """
+    base, method = config.base_model, METHODS[config.merge_method]
+    for group, holders in _groups(config):
+        seen = set()
+        for source in group:
+            reference = source.model
+            same_base = _identity(reference.model) == _identity(base.model)
+            if reference.lora and not same_base:
+                yield InputError(
+                    f"{reference}: written on base {reference.model}, but this merge is based on {base}; "
+                    "adapters of different bases cannot be merged"
+                )
+                continue
+            added = reference.lora or reference.model
+            if _identity(added) in seen:
+                yield InputError(f"{added}: listed twice; list it once with the summed weight")
+            if reference.lora or not same_base:
+                seen.add(_identity(added))
+            if absent.isdisjoint((reference.model.path, base.model.path)):
+                settings = _settings(source, holders) if parameters else {}
+                try:
+                    source.model = _reference(reference, settings, base, method, options)
+                except InputError as error:
+                    yield error
+
+
+def _settings(source: Source, holders: list[Holder]) -> dict[str, Any]:
+    """The parameters of one model, from where they are given nearest to it."""
+    given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
+    return {name: given[name] for name in PER_MODEL if name in given}
+
+
+def _reference(
+    reference: ModelReference, settings: dict[str, Any], base: ModelReference, method: Method, options: MergeOptions
+) -> ModelReference:
+    """The base as `base_model` spells it, an adapter on it, or a full model beside it."""
+    model, lora = reference.model, reference.lora
+    if lora:
+        return AdapterReference(model=base.model, lora=lora, override_architecture=base.override_architecture)
+    if _identity(model) == _identity(base.model):
+        return base
+    _check_architecture(reference, base, options.trust_remote_code)
+    return FullModelReference(
+        model=model,
+        base=base,
+        extraction=method.extraction(settings),
+        override_architecture=reference.override_architecture,
+    )
+
+
+def _check_architecture(reference: ModelReference, base: ModelReference, trust_remote_code: bool) -> None:
+    """
+    Raises:
+        InputError: there is no such model, or it is of another architecture.
+    """
+    model = reference.model
+    try:
+        config = reference.config(trust_remote_code)
+    except Exception as error:  # not there, not reachable, damaged: transformers has many words for it
+        raise InputError(f"{model}: there is neither an adapter nor a model with a config.json") from error
+    try:
+        base_config = base.config(trust_remote_code)
+    except Exception:  # mergekit itself says so of a base
+        return
+    check_architecture(str(model), config.to_dict(), str(base), base_config.to_dict())
 
 
 def _identity(path: ModelPath) -> tuple[str, str | None]:
@@ -187,21 +248,39 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
     """mergekit ignores parameters that it does not know; a misspelt one must not pass."""
     specs = {spec.name: spec for spec in AdapterMergeMethod(method).spec.parameters}
     shared_scopes = [config, *(config.modules or {}).values(), *_slices(config)]
-    sources = [source for group in groups(config) for source in group]
-    for holder in [*shared_scopes, *sources]:
+    for holder in [*shared_scopes, *sources(config)]:
         for name, setting in (holder.parameters or {}).items():
             if name not in specs:
                 yield InputError(method.unknown_parameter(name))
                 continue
             if holder is not config and name == ADAPTER.name:
                 yield InputError(f"{name} applies to the whole merge; move it to the top level")
-            if isinstance(holder, Source) and name in method.parameter_fields():
+            if name == ADAPTER.name and not isinstance(setting, bool):
+                yield InputError(f"{name}: {setting}: give true or false")
+                continue
+            if name in PER_MODEL and isinstance(setting, list):
+                yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
+            if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
                 yield InputError(f"{name} applies to the whole merge; move it from {holder.model} to the top level")
             for value in _scalars(setting):
                 try:
                     specs[name].validate(value)
                 except ValidationError as error:
                     yield InputError(f"parameter {name}: {value!r}: {error.errors()[0]['msg']}")
+
+
+def check_output(out: Path, config: MergeConfiguration) -> None:
+    """
+    Raises:
+        InputError: the output directory holds what would be taken for a part of this merge.
+    """
+    if (out / "adapter_config.json").exists():
+        raise InputError(f"{out}: holds an adapter, which transformers would apply to a model there; name another one")
+    kept = {DESCRIPTION: METHODS[config.merge_method].record is not None}
+    kept["adapter"] = (config.parameters or {}).get(ADAPTER.name) is True
+    for name, rewritten in kept.items():
+        if (out / name).exists() and not rewritten:
+            raise InputError(f"{out}: holds {name} of an earlier merge; remove it, or name another directory")
 
 
 def _scalars(setting) -> Iterator:

@@ -1,4 +1,4 @@
-"""`base+lora` references that are read as factors and never merged to disk."""
+"""References to adapters, and to full models as such, that are read as factors and never merged to disk."""
 
 from collections.abc import KeysView
 
@@ -7,7 +7,16 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_tspa.adapters import Adapter, BaseModel, Checkpoint, Index, locate_adapter, read_adapter
+from mergekit_tspa.adapters import (
+    Adapter,
+    BaseModel,
+    Checkpoint,
+    Extraction,
+    Index,
+    extract_adapter,
+    locate_adapter,
+    read_adapter,
+)
 from mergekit_tspa.methods import LowRank, Parameters
 from mergekit_tspa.methods.base import WeightPlan
 from mergekit_tspa.methods.update import apply_parts
@@ -29,6 +38,26 @@ class AdapterReference(ModelReference, frozen=True):
         config = self.config(LoaderCache().trust_remote_code).to_dict()
         base = BaseModel.of(str(self.model), Checkpoint(index.base_path), config)
         return LoraLoader(index, lazy_unpickle, base, *read_adapter(directory, str(self.lora)).fit(base))
+
+
+class FullModelReference(AdapterReference, frozen=True):
+    """A full model whose loader serves the base's tensors plus factors of its difference to them."""
+
+    base: ModelReference
+    extraction: Extraction
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
+        """Check the model against the base by their headers; its weights are read when they are merged."""
+        base, model = (
+            BaseModel.of(
+                str(reference.model),
+                Checkpoint(reference.local_path(cache_dir)),
+                reference.config(LoaderCache().trust_remote_code).to_dict(),
+            )
+            for reference in (self.base, self)
+        )
+        adapter = extract_adapter(str(self.model), model, base, self.extraction)
+        return LoraLoader(self.base.tensor_index(cache_dir), lazy_unpickle, base, adapter, adapter.tensors)
 
 
 class LoraLoader(LazyTensorLoader):

@@ -9,11 +9,11 @@ import torch
 import tqdm
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import LoadTensor, TensorWriterTask
+from mergekit.io.tasks import FinalizeModel, LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 from pydantic import ConfigDict
 
-from mergekit_tspa.adapters import Index
+from mergekit_tspa.adapters import Adapter, Index, log_kept
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.methods import Dense, LowRank, Method
 from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
@@ -166,6 +166,24 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True):
             parts.append((part.index, part.plan.finish(update)))
         with torch.no_grad():
             return apply_parts(W, parts, dtype_from_name(self.dtype) or W.dtype)
+
+
+class LogKept(Task[None], frozen=True):
+    """Say how much of the full models' differences went into the merge, once it is written."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    finish: FinalizeModel
+    adapters: tuple[Adapter, ...]
+
+    def arguments(self) -> dict[str, Task]:
+        return {"finished": self.finish}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, finished: None) -> None:
+        for adapter in self.adapters:
+            log_kept(adapter)
 
 
 class SaveRecord(Task[None], frozen=True):

@@ -66,7 +66,7 @@ class PairPlan(NamedTuple):
         modules = [a.modules[m] for s in (self.x, self.y) for a, m in zip(self.adapters, s.modules) if m]
         rank = max(m.rank for m in modules)
         if _reads_input(self):
-            d = max(m.A.shape[1] for m in modules)
+            d = max(m.shape[0 if g.transposed else 1] for m in modules)
             return 8 * (6 * n * 2 * rank * d + 4 * d * d)
         return 8 * (g.n_heads + g.n_kv_heads) * g.head_dim * (6 * n * rank + 2 * g.head_dim)
 

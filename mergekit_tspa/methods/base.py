@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from mergekit_tspa.adapters import Adapter, Change, LoraFactors, LoraModule
+from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, Extraction, LoraFactors, LoraModule
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.pico import at_mean_norm, pico
@@ -27,6 +27,17 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
 
     lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
     rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
+    extract_rank: int | None = Field(None, ge=1, description="rank of the factors of full models; 32 if not given")
+    extract_energy: float | None = Field(
+        None, gt=0, le=1, description="instead, the share of ||W - W_base||^2 that they keep, up to rank 256"
+    )
+
+    @property
+    def extraction(self) -> Extraction:
+        return Extraction(self.extract_rank, self.extract_energy)
+
+
+PER_MODEL = ("extract_rank", "extract_energy")  # parameters that may differ from model to model
 
 
 class OneByOneParameters(Parameters):
@@ -155,6 +166,16 @@ class Method:
             where = f"parameter {first['loc'][0]}: {first['input']!r}: " if first["loc"] else ""
             raise InputError(f"{self.name}: {where}{first['msg']}") from error
 
+    def extraction(self, values: Mapping[str, Any]) -> Extraction:
+        """How full models become factors for this method.
+
+        Raises:
+            InputError: a value out of range, or ranks that are not known beforehand where they must be equal.
+        """
+        if self.equal_ranks and values.get("extract_energy"):
+            raise InputError(f"extract_energy: {self.name} needs adapters of equal rank; give extract_rank instead")
+        return self.bind({name: values[name] for name in PER_MODEL if name in values}).extraction
+
     def parameter_fields(self) -> dict[str, FieldInfo]:
         """The parameters by their recipe names."""
         return {field.alias or name: field for name, field in self.parameters.model_fields.items()}
@@ -190,13 +211,15 @@ class WeightPlan(NamedTuple):
 
     def finish(self, update: LowRank | Dense | None) -> MergedUpdate:
         """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes."""
-        scale = self.parameters.lambda_
+        scale = self.parameters.lambda_ / type(self.parameters).model_fields["lambda_"].default
         if any(module.magnitude is not None for module in self.modules):
             magnitudes = [
                 adapter.factors(name) if module.magnitude is None else module.magnitude
                 for (adapter, name), module in zip(self.sources, self.modules)
             ]
-            update = Dora(update, magnitudes, [scale * a for a in self.weights], self.modules[0].transposed)
+            transposed = any(module.transposed for module in self.modules)
+            shares = [scale * a / max(1, sum(map(abs, self.weights))) for a in self.weights]
+            update = Dora(update, magnitudes, shares, transposed)
         return Changed(update, *zip(*self.changes), scale) if self.changes else update
 
 
@@ -265,7 +288,9 @@ def survey_weights(
     """The method's statistics over the whole model, or None if it wants none."""
     if not surveys(method, plans):
         return None
-    return method.survey(lambda: (w for w in (load_weight(method, plan, device) for plan in plans) if w.factors))
+    return method.survey(
+        lambda: (_prepared(w) for w in (load_weight(method, plan, device) for plan in plans) if w.factors)
+    )
 
 
 def load_weight(method: Method, plan: WeightPlan, device: torch.device | str | None) -> WeightInputs:
@@ -300,8 +325,9 @@ def merge_weights(
         if not all(math.isfinite(bound) for t in update for bound in t.aminmax()):  # makes no copies of dense updates
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
-        if (plan.parameters.rank or update.rank) < update.rank:
-            updates[plan.name] = update.truncated(plan.parameters.rank)
+        rank = plan.parameters.rank
+        if rank and (rank < update.rank or isinstance(update, Dense)):
+            updates[plan.name] = update.truncated(rank)
             kept[plan.name] = (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
     reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
     return Merged([updates[plan.name] for plan in plans], reports)
@@ -310,8 +336,9 @@ def merge_weights(
 def _warn_of_zeros(plans: Sequence[WeightPlan], inputs: Sequence[WeightInputs]) -> None:
     dropped: dict[Adapter, list[str]] = {}
     for plan, w in zip(plans, inputs):
-        for adapter, _ in plan.sources:
-            if adapter not in w.adapters:
+        for adapter, module in plan.sources:
+            # A full model may well leave most weights as they are; log_kept counts them.
+            if adapter not in w.adapters and not isinstance(adapter.modules[module], ExtractedModule):
                 dropped.setdefault(adapter, []).append(plan.name)
     for adapter, names in dropped.items():
         LOG.warning(
@@ -325,13 +352,18 @@ def _zero(plan: WeightPlan, device: torch.device | str | None) -> LowRank:
     return LowRank(torch.zeros(d_out, 1, device=device), torch.zeros(1, d_in, device=device))
 
 
+def _prepared(w: WeightInputs) -> WeightInputs:
+    """What comes before the method's own function."""
+    return w._replace(factors=pico(w.factors)) if getattr(w.parameters, "pico", False) else w
+
+
 def one_by_one(rule: Callable[[WeightInputs], LoraFactors | Dense]):
     """`Method.merge` of a closed formula that looks at one weight at a time, with `OneByOneParameters` or without."""
 
     def merge_one(w: WeightInputs) -> LowRank | Dense:
         p = w.parameters
         before, after = getattr(p, "pico", False), getattr(p, "svc", False)
-        update = rule(w._replace(factors=pico(w.factors)) if before else w)
+        update = rule(_prepared(w))
         update = update if isinstance(update, Dense) else LowRank(*update)
         if before or after:
             weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.base import OneByOneParameters, Parameters
 from mergekit_tspa.rules.emr import rescalers, unify
 from mergekit_tspa.rules.linear import weighted_sum
@@ -108,10 +109,10 @@ class PcbParameters(OneByOneParameters, Scoped):
 class Rule:
     """What to do with n matrices.
 
-    `merge(M, weights, parameters)` for a rule that commutes with changes of basis; a linear one only changes the
-    weights of the sum, `linear(weights)`.  An elementwise rule gets a block of rows of all matrices,
-    `merge(M, weights, parameters, statistics, draw)`, where `draw()` gives uniform numbers, and
-    `survey(streams, parameters)` its statistics per adapter.
+    `merge(M, weights, parameters, room)` for a rule that commutes with changes of basis, with the number of directions
+    that there is room for; a linear one only changes the weights of the sum, `linear(weights)`.  An elementwise rule
+    gets a block of rows of all matrices, `merge(M, weights, parameters, statistics, draw)`, where `draw()` gives
+    uniform numbers, and `survey(streams, parameters)` its statistics per adapter.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Rule:
     parameters: type[Parameters] = OneByOneParameters
     elementwise: bool = True
     survey: Callable[[Streams, Any], Tensor] | None = None
+    check: Callable[[Sequence[Parameters]], None] = lambda parameters: None  # what a recipe cannot ask for
     records: bool = False  # the statistics, and more, are of use after the merge
     elects: bool = False
     random: bool = False
@@ -195,6 +197,16 @@ def _emr_survey(streams: Streams, p) -> Tensor:
                 sums[number] = sums.get(number, 0) + part
     own, masked = torch.stack([sums[number] for number in range(len(sums))]).mT
     return rescalers(own, masked).float()[:, None]
+
+
+def _check_no_svc(parameters: Sequence[Parameters]) -> None:
+    if any(p.svc for p in parameters):
+        raise InputError("svc after iso: all singular values are equal, so there are no directions to calibrate")
+
+
+def _check_no_rank(parameters: Sequence[Parameters]) -> None:
+    if any(p.rank for p in parameters):
+        raise InputError("rank: a lower rank would no longer fit the masks of the tasks; use ctm_emr, or leave it out")
 
 
 _DARE = {"paper": "Yu et al., 2023", "url": "https://arxiv.org/abs/2311.03099", "random": True}
@@ -279,7 +291,7 @@ RULES = (
         summary="leading singular triplets of each update, made orthogonal across updates",
         paper="Gargiulo et al., 2024",
         url="https://arxiv.org/abs/2412.00081",
-        merge=lambda M, weights, p: tsv(M, weights, p.rank_per_task, p.orthogonalize),
+        merge=lambda M, weights, p, room: tsv(M, weights, p.rank_per_task, p.orthogonalize, room),
         parameters=TsvParameters,
         elementwise=False,
     ),
@@ -287,9 +299,10 @@ RULES = (
         name="iso",
         title="Iso",
         summary="weighted sum with equal singular values",
+        check=_check_no_svc,
         paper="Marczak et al., 2025",
         url="https://arxiv.org/abs/2502.04959",
-        merge=lambda M, weights, p: iso(M, weights, p.common_fraction),
+        merge=lambda M, weights, p, room: iso(M, weights, p.common_fraction, room),
         parameters=IsoParameters,
         elementwise=False,
     ),
@@ -299,7 +312,7 @@ RULES = (
         summary="mean, and leading directions of the distances from it",
         paper="Choi et al., 2024",
         url="https://arxiv.org/abs/2412.12153",
-        merge=lambda M, weights, p: cart(M, weights, p.share, p.inner),
+        merge=lambda M, weights, p, room: cart(M, weights, p.share, p.inner, room),
         parameters=CartParameters,
         elementwise=False,
     ),
@@ -317,6 +330,7 @@ RULES = (
         name="emr",
         title="EMR-Merging",
         summary="largest entry of the elected sign; masks and scales per task are written beside the model",
+        check=_check_no_rank,
         paper="Huang et al., 2024",
         url="https://arxiv.org/abs/2405.17461",
         merge=lambda M, weights, p, _, draw: unify(M, weights)[0],

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter, LoraFactors
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.base import Method, OneByOneParameters, Output, Parameters, WeightInputs, one_by_one
+from mergekit_tspa.methods.base import (
+    Method,
+    OneByOneParameters,
+    Output,
+    Parameters,
+    WeightInputs,
+    WeightPlan,
+    one_by_one,
+)
 from mergekit_tspa.methods.emr import record
 from mergekit_tspa.methods.rules import RULES, Rule, Scoped, row_blocks
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
@@ -111,14 +119,15 @@ def merge_in_space(space: Space, rule: Rule, w: WeightInputs) -> LoraFactors | D
         M = merge_elementwise(rule, w, coordinates, w.weights)
     else:
         M = torch.stack([f.dense() for f in coordinates])
-        M = rule.merge(M, M.new_tensor(w.weights), w.parameters)
+        room = min(w.factors[0].shape) if space.lossless else min(M.shape[1:])
+        M = rule.merge(M, M.new_tensor(w.weights), w.parameters, room)
     merged = basis.decode(M)
     return Dense(merged) if isinstance(merged, Tensor) else LoraFactors(*(t.to(w.factors[0].B) for t in merged))
 
 
 def _merge_linear(space: Space, rule: Rule, w: WeightInputs) -> LoraFactors:
     """In a lossless space the weighted sum of the updates, whatever the basis; otherwise its projection."""
-    if not sum(w.weights) and rule.name == "mean":
+    if rule.name == "mean" and abs(sum(w.weights)) <= 1e-6 * sum(map(abs, w.weights)):
         raise InputError(f"{w.name}: the weights {list(w.weights)} add up to 0, so there is no mean of its adapters")
     weights = rule.linear(torch.tensor(w.weights, dtype=torch.float64)).tolist()
     total = task_arithmetic(w.factors, weights)
@@ -175,14 +184,16 @@ def merge_factors(rule: Rule, w: WeightInputs) -> LoraFactors:
 def survey_model(space: Space, rule: Rule, inputs: Callable[[], Iterable[WeightInputs]]) -> Mapping[Adapter, Tensor]:
     """The rule's statistics of every adapter over all weights."""
     number: dict[Adapter, int] = {}
-    parameters = next(iter(inputs())).parameters
+    first = next(iter(inputs()), None)
+    if first is None:  # all updates are zero
+        return {}
 
     def streams() -> Iterator:
         for w in inputs():
             basis = space.basis(w.factors, w.parameters)
             yield [number.setdefault(a, len(number)) for a in w.adapters], basis.encode(w.factors), w.weights
 
-    statistics = rule.survey(streams, parameters)
+    statistics = rule.survey(streams, first.parameters)
     return {adapter: statistics[n] for adapter, n in number.items()}
 
 
@@ -199,8 +210,13 @@ def _combination(space: Space, rule: Rule) -> Method:
         survey=(lambda inputs: survey_model(space, rule, inputs)) if scoped else None,
         record=(lambda w: record_in_space(space, rule, w)) if rule.records else None,
         parameters=_parameters(f"{space.name}_{rule.name}", space.parameters, rule.parameters),
+        check=lambda plans: None if space.parameters is CtmParameters and rule.records else _check(rule, plans),
         elects=rule.elects,
     )
+
+
+def _check(rule: Rule, plans: Sequence[WeightPlan]) -> None:
+    rule.check([plan.parameters for plan in plans])
 
 
 def _factor_combination(rule: Rule) -> Method:

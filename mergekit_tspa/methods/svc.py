@@ -21,8 +21,9 @@ def svc(update: LowRank | Dense, factors: Sequence[LoraFactors], floor: float = 
     U, S, Vh = update.svd()  # (d_out, k), (k,), (k, d_in)
     shares = []
     for f in (factors[t] for t in nonzero(factors)):
-        response = (U.mT @ f.B.double()) @ f.A.double()  # (k, d_in), rows u_j^T D_t
-        size = response.norm(dim=1)
-        share = S * (Vh * response).sum(1) / size.square()
+        B, A = f.B.to(U.dtype), f.A.to(U.dtype)
+        G = U.mT @ B  # (k, r): u_j^T D_t = G_j A, which is never formed
+        size = (G @ (A @ A.mT) * G).sum(1).clamp(min=0).sqrt()
+        share = S * (G * (Vh @ A.mT)).sum(1) / size.square()
         shares.append(torch.where(size > ROUNDING * f.norm(), share, 0.0).clamp(min=floor))
     return update.rebuilt(U, S / torch.stack(shares).mean(0), Vh)

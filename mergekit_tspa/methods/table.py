@@ -66,7 +66,7 @@ def sections() -> list[Section]:
                     "`factor_`",
                     "all `B` and all `A` apart, as PEFT does; contains cross terms `B_t A_u`; equal ranks",
                     "largest rank",
-                    "-",
+                    "`convention` peft, no `scope`",
                     _paper("PEFT", "https://huggingface.co/docs/peft/developer_guides/model_merging"),
                 )
             ],

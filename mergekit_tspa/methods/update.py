@@ -51,8 +51,8 @@ class Dense(NamedTuple):
         return self if factor == 1 else Dense(self.dW * factor)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`U`, `S`, `V^T` of the whole matrix in float64."""
-        return torch.linalg.svd(self.dW.double(), full_matrices=False)
+        """`U`, `S`, `V^T` of the whole matrix, in its own precision: it is large."""
+        return torch.linalg.svd(self.dW, full_matrices=False)
 
     def rebuilt(self, U: Tensor, S: Tensor, Vh: Tensor) -> "Dense":
         """Other singular triplets in the precision of this update."""
@@ -62,7 +62,8 @@ class Dense(NamedTuple):
         """The closest update of a lower rank; for large weights by subspace iteration on a few more directions."""
         M = self.dW
         if min(M.shape) <= 1024:
-            return LowRank(M, torch.eye(M.shape[1]).to(M)).truncated(rank)
+            one = torch.eye(min(M.shape)).to(M)
+            return (LowRank(one, M) if len(one) == len(M) else LowRank(M, one)).truncated(rank)
         generator = torch.Generator(M.device).manual_seed(0)
         Q = torch.randn(M.shape[1], rank + 16, generator=generator, device=M.device, dtype=M.dtype)
         for _ in range(8):
@@ -77,15 +78,16 @@ class Dense(NamedTuple):
 class Dora(NamedTuple):
     """Directions merged by a method, magnitudes merged apart:
 
-        V = W + dW,    m = m_0 + sum_t a_t (m_t - m_0),    W' = diag(m / ||V||) V
+        V = W + dW,    m = m_0 + sum_t a_t (m_t - m_0) / max(1, sum_t |a_t|),    W' = diag(m / ||V||) V
 
     with norms of rows (of columns, where the base stores the transpose) and `m_0 = ||W||`.  For one DoRA adapter
-    of weight 1 this is its own merge (Liu et al., DoRA, 2024, arXiv 2402.09353).
+    of weight 1 this is its own merge (Liu et al., DoRA, 2024, arXiv 2402.09353).  Several of weight 1 are averaged,
+    as a sum of their magnitudes' changes could pass 0 and turn rows around.
     """
 
     update: LowRank | Dense
     magnitudes: Sequence[Tensor | LoraFactors]  # m_t (d_out,); of an adapter without, its update: m_t = ||W + B_t A_t||
-    weights: Sequence[float]  # a_t, lambda included
+    weights: Sequence[float]  # a_t / max(1, sum |a_t|), lambda included
     transposed: bool = False
 
     def apply_to(self, W: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) 
 
     No method looks at such tensors (biases, norms, heads, embeddings, token rows), and there is no update whose
     size a weight could set: so they all merge as this mean.  Of trained tokens, a row's mean is over the adapters
-    that have this row.
+    that have this row.  Who left the tensor as it was has no part in the mean.
 
     Args:
         W: the base's tensor.
@@ -120,8 +122,10 @@ def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) 
     total, mass = torch.zeros_like(W, dtype=torch.float32), W.new_zeros(W.shape[:1], dtype=torch.float32)
     for change, weight in zip(changes, weights):
         rows = ... if change.rows is None else change.rows.to(W.device)
-        total[rows] += weight * change.difference(W[rows])
-        mass[rows] += abs(weight)
+        difference = change.difference(W[rows])
+        if difference.any():
+            total[rows] += weight * difference
+            mass[rows] += abs(weight)
     mass[mass == 0] = 1
     return total / mass.view(mass.shape + (1,) * (W.ndim - 1))
 

@@ -9,6 +9,16 @@ from mergekit_tspa.numerics import numerical_rank
 from mergekit_tspa.rules.linear import weighted_sum
 
 
+def directions(M: Tensor, room: int | None) -> int:
+    """How many singular directions the updates have for themselves: their summed numerical ranks, at most `room`.
+
+    The same in every basis, which the sides of `M` are not: those of a small basis shrink where updates share
+    directions.  `room` is what the weight, or a space that compresses, can hold; by default the smaller side of `M`.
+    """
+    ranks = numerical_rank(torch.linalg.svdvals(M), M.shape).sum()
+    return max(1, min(int(ranks), min(M.shape[1:]) if room is None else room))
+
+
 def polar(M: Tensor) -> Tensor:
     """The partial isometry `P Q^T` of `M = P S Q^T` over its numerical range."""
     P, S, Qh = torch.linalg.svd(M, full_matrices=False)
@@ -16,7 +26,13 @@ def polar(M: Tensor) -> Tensor:
     return P[:, :k] @ Qh[:k]
 
 
-def tsv(M: Tensor, weights: Tensor, rank_per_task: int | None = None, orthogonalize: bool = True) -> Tensor:
+def tsv(
+    M: Tensor,
+    weights: Tensor,
+    rank_per_task: int | None = None,
+    orthogonalize: bool = True,
+    room: int | None = None,
+) -> Tensor:
     """Task Singular Vectors: the leading triplets of every task, their vectors made orthogonal across tasks.
 
     `M_t = U_t S_t V_t^T`, cut to `k` triplets; `polar([U_1|..|U_n]) diag(a_1 S_1, .., a_n S_n) polar([V_1|..|V_n])^T`.
@@ -27,12 +43,12 @@ def tsv(M: Tensor, weights: Tensor, rank_per_task: int | None = None, orthogonal
 
     Args:
         M: (n, p, q)
-        rank_per_task: `k`, by default an equal share of the coordinates, `min(p, q) // n`
+        rank_per_task: `k`, by default an equal share of the `directions`
         orthogonalize: without it the plain sum of the cut tasks
+        room: see `directions`
     """
-    n, p, q = M.shape
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    k = rank_per_task or max(1, min(p, q) // n)
+    k = rank_per_task or max(1, directions(M, room) // len(M))
     kept = numerical_rank(S, M.shape).clamp(max=k).tolist()
     if not sum(kept):
         return torch.zeros_like(M[0])
@@ -44,7 +60,7 @@ def tsv(M: Tensor, weights: Tensor, rank_per_task: int | None = None, orthogonal
     return (left * middle) @ right.mT
 
 
-def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0) -> Tensor:
+def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | None = None) -> Tensor:
     """Isotropic merging: the weighted sum with all its singular values replaced by their mean (Iso-C).
 
     The mean goes over the numerical rank.  With `common_fraction` below 1 that share of the directions comes from
@@ -52,17 +68,17 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0) -> Tensor:
 
     Marczak et al., No Task Left Behind: Isotropic Model Merging, 2025 (arXiv 2502.04959).
     """
-    n, p, q = M.shape
+    n = len(M)
     P = weights.reshape(-1, 1, 1) * M
     U, S, Vh = torch.linalg.svd(P.sum(0), full_matrices=False)
     rank = int(numerical_rank(S, M.shape))
-    size = min(p, q)
-    own = round((size - int(size * common_fraction)) / n)  # directions of each task
+    size = directions(M, room)
+    own = min(round((size - int(size * common_fraction)) / n), size // n)  # directions of each task
     common = min(rank, size - own * n)
     U, S, Vh = U[:, :common], S[:common], Vh[:common]
     if own:
         Ut, St, Vht = torch.linalg.svd(P - U @ (U.mT @ P), full_matrices=False)
-        kept = numerical_rank(St, M.shape).clamp(max=own).tolist()
+        kept = numerical_rank(St, M.shape, torch.linalg.matrix_norm(P, 2)).clamp(max=own).tolist()
         U = torch.cat([*(u[:, :r] for u, r in zip(Ut, kept)), U], dim=1)
         S = torch.cat([*(s[:r] for s, r in zip(St, kept)), S])
         Vh = torch.cat([*(v[:r] for v, r in zip(Vht, kept)), Vh])
@@ -71,14 +87,14 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0) -> Tensor:
     return S.mean() * polar(U) @ polar(Vh)
 
 
-def cart(M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1) -> Tensor:
+def cart(M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1, room: int | None = None) -> Tensor:
     """The mean and, cut to their leading directions, the tasks' distances from it.
 
-    `mu + c sum_t svd_j(M_t - mu)`, `mu = sum_t a_t M_t / sum_t |a_t|`, `j = ceil(share min(p, q))`.
+    `mu + c sum_t svd_j(M_t - mu)`, `mu = sum_t a_t M_t / sum_t |a_t|`, `j = ceil(share * directions)`.
 
     Choi et al., Revisiting Weight Averaging for Model Merging, 2024 (arXiv 2412.12153).
     """
     mu = weighted_sum(M, weights) / weights.abs().sum()
     U, S, Vh = torch.linalg.svd(M - mu, full_matrices=False)
-    j = math.ceil(share * min(M.shape[1:]))
+    j = math.ceil(share * directions(M, room))
     return mu + inner * ((U[..., :j] * S[:, None, :j]) @ Vh[:, :j]).sum(0)

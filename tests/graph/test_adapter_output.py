@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_tspa.cli import main
 from tests.conftest import (
@@ -149,6 +149,31 @@ def test_conv1d_and_embeddings(gpt2, tmp_path):
             assert relative_error(found, tensor) < 1e-5
 
 
+def test_a_full_model_comes_back_as_an_adapter(llama, adapters, tmp_path):
+    """Its norms and embeddings are the base's, so that its difference is low-rank; a trained norm is named."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapters[0]).merge_and_unload()
+    full.save_pretrained(tmp_path / "full")
+    config = {
+        "merge_method": "lora_task_arithmetic",
+        "base_model": str(llama),
+        "models": [{"model": str(tmp_path / "full")}],
+        "parameters": {"extract_rank": 4},
+    }
+    result = adapter_command(config, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    check_config(tmp_path / "out", 4)
+    loaded = peft_merged(llama, tmp_path / "out")
+    for name, tensor in full.state_dict().items():
+        assert relative_error(loaded[name], tensor) < 1e-5
+    full.model.norm.weight.data += 1
+    full.save_pretrained(tmp_path / "full")
+    result = adapter_command(config, tmp_path / "out2")
+    assert result.exit_code == 1 and "model.norm.weight" in result.output and "full model's own" in result.output
+
+
 def test_what_cannot_be_an_adapter(llama, adapters, tmp_path, caplog):
     dense = recipe("lora_ties", llama, adapters, parameters={"adapter": True})
     result = adapter_command(dense, tmp_path / "a")
@@ -185,3 +210,50 @@ def test_bad_use(llama, adapters, tmp_path):
     }
     result = adapter_command(sliced, tmp_path / "z")
     assert result.exit_code == 1 and "rearranges" in result.output
+    sliced["slices"] = sliced["slices"][1:]
+    sliced["slices"][0]["sources"][0]["layer_range"] = [0, 1]
+    result = adapter_command(sliced, tmp_path / "z")
+    assert result.exit_code == 1 and "leaves out model.layers.1 of the base" in result.output
+    for bad, message in (
+        ({"merge_method": "core_tsv"}, "no recipe that mergekit can read"),
+        ({"models": [3]}, "no recipe that mergekit can read"),
+        (recipe("core_tsv", llama, adapters, tokenizer_source="base"), "has no tokenizer of its own"),
+        (recipe("core_tsv", llama, adapters, parameters={"adapter": [{"value": False}]}), "give true or false"),
+    ):
+        result = adapter_command(bad, tmp_path / "w")
+        assert result.exit_code == 1 and message in result.output
+    file = write_recipe(tmp_path / "r.yml", recipe("core_tsv", llama, adapters))
+    result = CliRunner().invoke(main, ["adapter", str(file), str(file / "out")])
+    assert result.exit_code == 1 and "is a file" in result.output
+
+
+def test_directories_that_hold_something_else(llama, adapters, tmp_path):
+    assert adapter_command(recipe("core_tsv", llama, adapters), tmp_path / "a").exit_code == 0
+    result = merge(recipe("core_tsv", llama, adapters), tmp_path / "a")
+    assert result.exit_code == 1 and "holds an adapter" in result.output
+    both = recipe("core_tsv", llama, adapters, parameters={"adapter": True})
+    assert merge(both, tmp_path / "b").exit_code == merge(both, tmp_path / "b").exit_code == 0
+    result = merge(recipe("core_tsv", llama, adapters), tmp_path / "b")
+    assert result.exit_code == 1 and "holds adapter of an earlier merge" in result.output
+
+
+def test_adapters_that_name_their_modules_differently(llama, adapters, tmp_path):
+    """The written adapter has the names of the whole model, whichever adapter comes first."""
+    short = shutil.copytree(adapters[0], tmp_path / "short")
+    tensors = load_file(short / "adapter_model.safetensors")
+    renamed = {key.replace("base_model.model.model.", "base_model.model."): t for key, t in tensors.items()}
+    save_file(renamed, short / "adapter_model.safetensors")
+    config = recipe("core_tsv", llama, [short, adapters[1]], parameters={"adapter": True})
+    merged = merged_tensors(config, tmp_path / "out")
+    loaded = peft_merged(llama, tmp_path / "out/adapter")
+    for name, tensor in merged.items():
+        assert relative_error(loaded[name], tensor) < 1e-5
+
+
+def test_a_rank_above_a_narrow_weight(llama, adapters, tmp_path):
+    """`lora_ties` cut to a rank that some weights do not have: those stay whole."""
+    config = recipe("lora_ties", llama, adapters, parameters={"rank": 40, "adapter": True})
+    merged = merged_tensors(config, tmp_path / "out")
+    loaded = peft_merged(llama, tmp_path / "out/adapter")
+    for name, tensor in merged.items():
+        assert relative_error(loaded[name], tensor) < 1e-5

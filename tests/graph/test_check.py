@@ -9,9 +9,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from mergekit_tspa.adapters import Checkpoint
+from mergekit_tspa.adapters import Checkpoint, ExtractedModule
 from mergekit_tspa.cli import main
 from tests.conftest import merged_tensors, peft_merged, recipe, run, save_adapter, save_llama, write_recipe
+from tests.graph.test_extracted_inputs import save_full, with_full
 
 
 def check(config, folder, *options):
@@ -60,6 +61,50 @@ def test_the_merge_does_what_was_promised(method, parameters, top, llama, adapte
     tensors = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
     assert number(r"([\d,]+) bytes", adapter) == sum(t.nbytes for t in tensors.values())
     assert number(r"rank (\d+)", adapter) == json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"]
+
+
+def test_full_models(llama, adapters, tmp_path, monkeypatch):
+    """Said like adapters, without reading their linear weights; the result has at most the rank that is promised."""
+    full = save_full(llama, tmp_path / "full", adapters[2])
+    config = with_full(llama, adapters[:1], [full], {"extract_rank": 5, "adapter": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(ExtractedModule, "factors", lambda *args: pytest.fail("a linear weight is read"))
+        result = check(config, tmp_path)
+    assert result.exit_code == 0 and not result.stderr
+    row = next([c.strip() for c in x.split("│")[1:-1]] for x in result.stdout.splitlines() if "full model" in x)
+    assert row[:3] == [str(full), "full model", "5"] and row[5:] == ["needs the base", "1"]
+    merged_tensors(config, tmp_path / "out")
+    written = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    assert number(r"adapter_model.safetensors, rank (\d+) at most", result.stdout) == written["r"]
+
+
+def test_problems_of_full_models(llama, adapters, tmp_path):
+    """Each once, however many slices there are, and without a base that can be read."""
+    full, wide = save_full(llama, tmp_path / "full", adapters[2]), save_llama(tmp_path / "wide", hidden_size=32)
+    sources = [{"model": str(m)} for m in (full, full, wide, tmp_path / "gone")]
+    slices = [{"sources": [source | {"layer_range": [i, i + 1]} for source in sources]} for i in range(2)]
+    config = {"merge_method": "core_tsv", "base_model": str(llama), "slices": slices}
+    parameters = {"extract_rank": 0, "extract_energy": [0.5, 0.9], "adapter": "no"}
+    found = errors(check(config | {"parameters": parameters}, tmp_path))
+    named = [
+        "extract_rank: 0",
+        "extract_energy",
+        "adapter: no",
+        "full: listed twice",
+        "gone: there is neither",
+        "wide: ",
+    ]
+    for sentence in named:
+        assert sum(sentence in line for line in found) == 1, (sentence, found)
+    assert len(found) == len(named)
+    (line,) = errors(check(with_full(tmp_path / "nowhere", [], [full]), tmp_path))
+    assert "nowhere is not readable as a model" in line
+
+
+def test_output_directories_do_not_matter(llama, adapters, tmp_path, monkeypatch):
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert check(recipe("core_tsv", llama, adapters), tmp_path).exit_code == 0
 
 
 def test_what_is_said_of_adapters(llama, adapters, tmp_path):
@@ -179,6 +224,9 @@ def test_several_documents(llama, adapters, tmp_path):
     assert result.exit_code == 0 and not result.stderr
     assert "first is the result of another stage and taken as given" in result.stdout
     assert "final merge: linear is mergekit's own method" in result.stdout
+    third = with_full(llama, adapters[:1], ["first"])
+    result = check([first, third], tmp_path)
+    assert result.exit_code == 0 and "first is the result of another stage" in result.stdout
     second["models"][0]["model"]["lora"]["path"] = str(tmp_path / "gone")
     (line,) = errors(check([first, second, final], tmp_path))
     assert line.startswith("Error: second: ") and "gone" in line

@@ -228,7 +228,7 @@ def bad_recipes(llama, adapters, folder):
         "dtype": (good(out_dtype="bf16"), "out_dtype: 'bf16'"),
         "different bases": (bases, "adapters of different bases"),
         "no common base": (unnamed, "name one as base_model"),
-        "full model": (full, "a full model among adapters"),
+        "full model of other sizes": (full, r"embed_tokens.weight has shape \(96, 32\), but \(96, 64\)"),
         "no adapter": (good() | {"models": [{"model": str(llama)}]}, "has no adapter"),
         "unknown parameter": (good(parameters={"lamda": 1}), "did you mean lambda"),
         "unknown parameter of a model": (below, "did you mean weight"),

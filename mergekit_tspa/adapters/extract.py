@@ -1,0 +1,224 @@
+"""A full model as an adapter: low-rank factors of its difference to the base, made weight by weight when needed."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.adapters.adapter import EMBEDDINGS, HEADS, Adapter
+from mergekit_tspa.adapters.base import BaseModel
+from mergekit_tspa.adapters.factors import LoraFactors
+from mergekit_tspa.errors import InputError
+
+LOG = logging.getLogger(__name__)
+
+# Matrices that are tables: a row per token, position or token type.
+_TABLE = re.compile(r"(embed\w*|wte|wpe|shared|lm_head)\.weight$")
+_EXPERTS = re.compile(r"expert|moe")
+_COMPUTED = re.compile(r"\.inv_freq$")  # old checkpoints store it; nothing reads it
+_LOW_RANK = 0.9  # share of a difference that should be in its factors
+
+
+class Extraction(NamedTuple):
+    """How much of a difference `D = W - W_base` its factors hold."""
+
+    rank: int | None = None  # 32 by default; with `energy` the largest, 256 by default
+    energy: float | None = None  # the smallest rank that keeps this share of ||D||^2
+
+    @property
+    def most(self) -> int:
+        """The largest rank it may come to."""
+        return self.rank or (256 if self.energy else 32)
+
+
+@dataclass(eq=False)
+class ExtractedModule:
+    """The update `D = W - W_base` of one weight, as `U_k S_k V_k^T`; takes the place of a `LoraModule`."""
+
+    tensor: str
+    shape: tuple[int, int]
+    read: Callable[[], tuple[Tensor, Tensor]]  # W, W_base
+    extraction: Extraction
+    known: LoraFactors | None = None  # from when they were first asked for
+    kept: float | None = None  # ||U_k S_k V_k^T||^2 / ||D||^2; None: not known yet, or D is zero
+
+    magnitude = base_part = None
+    transposed = embedding = False  # factors of the matrix as it is stored
+
+    @property
+    def rank(self) -> int:
+        """Of its factors; the largest that it may be, if a share of the energy decides."""
+        return min(self.extraction.most, *self.shape)
+
+    def factors(self, dtype: torch.dtype, device: torch.device | str | None) -> LoraFactors:
+        """`B = U_k sqrt(S_k)`, `A = sqrt(S_k) V_k^T`; made once, in float32, and kept.
+
+        Raises:
+            InputError: one of the weights contains NaN or Inf.
+        """
+        if self.known is None:
+            W, W_base = self.read()
+            factors, self.kept = self._extract(W.to(device, torch.float32) - W_base.to(device))
+            self.known = LoraFactors(*(factor.cpu() for factor in factors))  # where adapters keep theirs
+        return LoraFactors(*(factor.to(device, dtype) for factor in self.known))
+
+    def _extract(self, D: Tensor) -> tuple[LoraFactors, float | None]:
+        energy, wanted, rank = D.square().sum(), self.extraction.energy, self.rank
+        if not torch.isfinite(energy):
+            raise InputError(f"{self.tensor}: it or the base's contains NaN or Inf")
+        if not energy:
+            return LoraFactors(D.new_zeros(len(D), rank), D.new_zeros(rank, D.shape[1])), None
+        seed = int.from_bytes(hashlib.sha256(self.tensor.encode()).digest()[:7], "big")
+        k = min(rank, 32) if wanted else rank
+        while True:
+            U, S, Vh = leading_triplets(D, k, seed)
+            shares = (S.square().cumsum(0) / energy).clamp(max=1)
+            if not wanted or shares[-1] >= wanted or k == rank:
+                break
+            k = min(2 * k, rank)
+        if wanted:
+            k = min(int((shares < wanted).sum()) + 1, k)
+        root = S[:k].sqrt()
+        return LoraFactors(U[:, :k] * root, root[:, None] * Vh[:k]), shares[k - 1].item()
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of a full model that merges as it is; takes the place of a `Change`."""
+
+    read: Callable[[], Tensor]
+    rows = None
+
+    def difference(self, W: Tensor) -> Tensor:
+        """New value minus old, in float32."""
+        return self.read().to(W.device, torch.float32) - W
+
+
+def leading_triplets(M: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`U (m, k)`, `S (k,)`, `V^T (k, n)` of the `k` largest singular values of `M (m, n)`.
+
+    Subspace iteration on a few directions more, until a step gains less than a thousandth of what they hold (Halko,
+    Martinsson & Tropp, 2011, arXiv 0909.4061); exact where that is no more work.
+    """
+    wide = rank + 16
+    if 2 * wide > min(M.shape):
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    # Drawn on the CPU, so that every device starts from the same directions.
+    Q = torch.randn(M.shape[1], wide, generator=torch.Generator().manual_seed(seed), device="cpu").to(M)
+    before, held = -1.0, 0.0
+    while held - before > 1e-3 * held:
+        Z = M.mT @ torch.linalg.qr(M @ Q).Q
+        Q, before, held = torch.linalg.qr(Z).Q, held, Z.square().sum().item()
+    U, S, Vh = torch.linalg.svd(M @ Q, full_matrices=False)
+    return U[:, :rank], S[:rank], Vh[:rank] @ Q.mT
+
+
+def extract_adapter(name: str, model: BaseModel, base: BaseModel, extraction: Extraction) -> Adapter:
+    """A full model as an adapter whose modules and changes have the names of the base's tensors; reads headers only.
+
+    Linear weights, and those of each expert, become low-rank updates.  Norms, biases, embeddings, heads and whatever
+    else is no matrix are changes.
+
+    Raises:
+        InputError: another architecture, tensors of other names or shapes, quantised ones, one embedding tied and the
+            other not.
+    """
+    check_architecture(name, model.config, base.name, base.config)
+    for side in (model, base):
+        if side.config.get("quantization_config") or side.quantised:
+            raise InputError(
+                f"{side.name}: it is quantised ({min(side.quantised, default='config.json')}), so its difference to "
+                "another model means little; use the full-precision checkpoint"
+            )
+    source = _same_tensors(name, model, base)
+    for tensor, stored in source.items():
+        if model.shapes[stored] != base.shapes[tensor]:
+            _refuse_shape(name, stored, model, base)
+
+    modules, changes = {}, {}
+    for tensor, stored in source.items():
+        shape = base.shapes[tensor]
+        if len(shape) == 2 and tensor.endswith(".weight") and not _TABLE.search(tensor):
+            parts = [tensor]
+        elif len(shape) == 3 and _EXPERTS.search(tensor):
+            parts = [f"{tensor}[{expert}]" for expert in range(shape[0])]
+        else:
+            changes[tensor] = StoredTensor(lambda stored=stored: model.read(stored))
+            continue
+        for part in parts:
+            read = lambda part=part: (model.part(part), base.part(part))  # noqa: E731
+            modules[part.removesuffix(".weight")] = ExtractedModule(part, base.shape(part), read, extraction)
+    return Adapter(name, None, modules, changes)
+
+
+def check_architecture(name: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        InputError: the configurations are of different kinds of model.
+    """
+    for key in ("model_type", "architectures"):
+        here, there = config.get(key), base_config.get(key)
+        if here and there and here != there:
+            raise InputError(
+                f"{name}: its {key} is {here}, that of the base {base} is {there}; only a full model of the base's own "
+                "architecture can be merged into it"
+            )
+
+
+def log_kept(adapter: Adapter) -> None:
+    """One line on how much of a full model's differences its factors hold: a warning, where that is little."""
+    modules = [m for m in adapter.modules.values() if isinstance(m, ExtractedModule) and m.known is not None]
+    changed = [m for m in modules if m.kept is not None]
+    if not changed:
+        if modules:
+            LOG.warning("%s: its %d linear weights equal the base's", adapter.name, len(modules))
+        return
+    worst = min(changed, key=lambda m: m.kept)
+    ranks = sorted(m.known.rank for m in changed)
+    low_rank = worst.kept >= _LOW_RANK
+    LOG.log(
+        logging.INFO if low_rank else logging.WARNING,
+        "%s: of %d weights %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 on average, "
+        "%.1f %% of %s%s",
+        *(adapter.name, len(modules), len(changed)),
+        ranks[0] if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}",
+        100 * sum(m.kept for m in changed) / len(changed),
+        *(100 * worst.kept, worst.tensor),
+        "" if low_rank else "; the rest is lost: raise extract_rank, or give extract_energy",
+    )
+
+
+def _same_tensors(name: str, model: BaseModel, base: BaseModel) -> dict[str, str]:
+    """`{base tensor: tensor of the model}`; a head that is tied to the embedding may be stored or not."""
+    if base.config and model.tied != base.tied:
+        tied = name if model.tied else f"the base {base.name}"
+        raise InputError(f"{name}: only {tied} ties embedding and head to one tensor; untie them there first")
+    here, there = ({t for t in side.shapes if not _COMPUTED.search(t)} for side in (model, base))
+    source = {tensor: tensor for tensor in base.shapes if tensor in there}
+    if model.tied:
+        embedding = next((t for t in model.shapes if t.endswith(EMBEDDINGS)), None)
+        source |= {t: embedding for t in there - here if t.endswith(HEADS) and embedding}
+        here = {t for t in here if t in there or not t.endswith(HEADS)}
+    for owner, other, missing in ((base.name, name, set(source.values()) - here), (name, base.name, here - there)):
+        if missing:
+            raise InputError(
+                f"{name}: {len(missing)} tensors of {owner} are not in {other}, {min(missing)} among them; a full "
+                "model must have exactly the tensors of the base: save both with the same version of transformers, and "
+                "merge adapters into it first"
+            )
+    return source
+
+
+def _refuse_shape(name: str, tensor: str, model: BaseModel, base: BaseModel):
+    here, there = model.shapes[tensor], base.shapes[tensor]
+    vocabulary = tensor.endswith(HEADS + EMBEDDINGS) and here[1:] == there[1:]
+    way_out = (
+        f"resize the base to {here[0]} tokens first (resize_token_embeddings)" if vocabulary else "use its own base"
+    )
+    raise InputError(f"{name}: {tensor} has shape {here}, but {there} in {base.name}; {way_out}")
