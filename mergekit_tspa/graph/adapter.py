@@ -19,6 +19,7 @@ from pydantic import ConfigDict
 
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.graph.output import held, refuse_inputs
 from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
 from mergekit_tspa.methods import METHODS, LowRank
 from mergekit_tspa.methods.base import WeightPlan
@@ -142,7 +143,13 @@ def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
             f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "
             "name another directory"
         )
+    with held(out_path):
+        _run(config, merge_options, out_path, source)
+
+
+def _run(config: MergeConfiguration, merge_options: MergeOptions, out_path: Path, source: str) -> None:
     architecture = merge.get_architecture_info(config, merge_options)
+    refuse_inputs(config, out_path)
     LoaderCache().setup(options=merge_options)
     base = config.base_model.config(merge_options.trust_remote_code)
     planner = MergePlanner(config, architecture, options=merge_options, out_model_config=base)

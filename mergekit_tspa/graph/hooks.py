@@ -53,6 +53,19 @@ def _complete_recipes(merge) -> None:
 
     merge.get_architecture_info = get_architecture_info
 
+    run = merge.run_merge
+
+    @functools.wraps(run)
+    def run_merge(merge_config, out_path, *args, **kwargs):
+        if not _ours(merge_config.merge_method):
+            return run(merge_config, out_path, *args, **kwargs)
+        from mergekit_tspa.graph.output import held
+
+        with held(Path(out_path)):
+            return run(merge_config, out_path, *args, **kwargs)
+
+    merge.run_merge = run_merge
+
 
 def _plan_tasks(plan) -> None:
     original = plan.MergePlanner._plan
@@ -73,8 +86,10 @@ def _plan_tasks(plan) -> None:
     def plan_to_disk(self, out_path):
         tasks = to_disk(self, out_path)
         if _ours(self.config.merge_method):
+            from mergekit_tspa.graph.output import begin_model
             from mergekit_tspa.graph.plan import record_tasks
 
+            begin_model(self.config, Path(out_path))
             tasks += record_tasks(self, out_path)
             if (self.config.parameters or {}).get("adapter"):
                 from mergekit_tspa.graph.adapter import adapter_task
