@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 from click import Command
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from tests.conftest import recipe, write_recipe
 
@@ -113,6 +115,7 @@ def fork(task: Task, prepare: Callable[[], None] = lambda: None) -> int:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         torch.set_num_threads(1)  # the parent's threads are not there
+        tqdm.set_lock(threading.RLock())  # its own is shared by all forks, and a killed one may hold it
         prepare()
         task.command.main(task.arguments, standalone_mode=False)
         code = 0

@@ -7,6 +7,7 @@ change what the tensors mean.  Rank and alpha patterns are looked up with PEFT's
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -126,13 +127,15 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
 def _refuse_config(config: Mapping[str, Any], name: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{name}: peft_type is {kind!r}, not 'LORA', and cannot be read as factors; {_MERGE_FIRST}")
+        raise InputError(
+            f"{name}: peft_type is {reprlib.repr(kind)}, not 'LORA', and cannot be read as factors; {_MERGE_FIRST}"
+        )
     for flag, (what, way_out) in _REFUSED_FLAGS.items():
         if config.get(flag):
             raise InputError(f"{name}: {what} is not supported; {way_out}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_REFUSED_INITS):
-        raise InputError(f"{name}: initialised with {init!r}, which is not supported: {_CONVERT}")
+        raise InputError(f"{name}: initialised with {reprlib.repr(init)}, which is not supported: {_CONVERT}")
     if init not in _KNOWN_INITS:
         LOG.warning("%s: init_lora_weights is %r, unknown here; read as a plain LoRA", name, init)
 

@@ -48,7 +48,9 @@ def survives(read, *names: str | Path) -> None:
 
 
 def check(examples: int, strategy, body) -> None:
-    quick = settings(max_examples=examples, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    quick = settings(
+        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
+    )
     quick(given(strategy)(body))()
 
 
