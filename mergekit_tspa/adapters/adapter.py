@@ -91,7 +91,7 @@ class Adapter:
         self._check_precision(tensor, base)
         if base.config.get("model_type") in _CONV1D_MODELS:
             found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in _CONV1D_LAYERS)
-        if found.shape != (shape[0], torch.Size(shape[1:]).numel()):
+        if found.shape != (*shape[:1], torch.Size(shape[1:]).numel()):
             self._refuse_shape(f"update of {module}", found.shape, tensor, base)
         if found.magnitude is not None and len(found.magnitude) != found.B.shape[0]:
             raise InputError(
@@ -107,7 +107,7 @@ class Adapter:
         shape = tuple(change.value.shape)
         if change.rows is not None:  # as many rows as it needs at least
             rows = int(change.rows.max()) + 1
-            shape = (max(rows, base.shape(tensor)[0]), *shape[1:])
+            shape = (max(rows, *base.shape(tensor)[:1]), *shape[1:])
         if shape != base.shape(tensor):
             self._refuse_shape("new value", shape, tensor, base)
 

@@ -1,17 +1,15 @@
 """A base checkpoint on disk as a mapping of tensors that are read when asked for."""
 
-import json
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mergekit_tspa.adapters.files import check_name, load_pickle, read_json, readable
 from mergekit_tspa.errors import InputError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -26,7 +24,7 @@ class Checkpoint(Mapping[str, Tensor]):
         names: file names to look for, of the whole file or, followed by `.index.json`, of the index of its shards
 
     Raises:
-        InputError: no weights there, or a damaged header.
+        InputError: no weights there, a damaged header or index, or an index that points out of the directory.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str] = _SINGLE):
@@ -37,25 +35,27 @@ class Checkpoint(Mapping[str, Tensor]):
         for name in names:
             index, single = self.directory / f"{name}.index.json", self.directory / name
             if index.is_file():
-                weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {tensor: self.directory / file for tensor, file in weights.items()}
+                weights = read_json(index).get("weight_map")
+                if not isinstance(weights, dict):
+                    raise InputError(f"{index}: has no weight_map; copy or save the checkpoint again")
+                return {check_name(tensor, index): self._shard(file, index) for tensor, file in weights.items()}
             if single.is_file():
-                return dict.fromkeys(self._open(single).keys(), single)
+                return {check_name(tensor, single): single for tensor in self._open(single).keys()}
         raise InputError(f"{self.directory}: no {' or '.join(names)} there, whole or sharded")
 
+    def _shard(self, file: Any, index: Path) -> Path:
+        if not isinstance(file, str) or "\0" in file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(f"{index}: {str(file)[:80]!r} is no file of this checkpoint; copy or save it again")
+        return self.directory / file
+
     def _open(self, file: Path):
-        try:
-            if file.suffix == ".safetensors":
-                return safe_open(file, framework="pt")
-            mmap = zipfile.is_zipfile(file)  # files from before torch 1.6 are not
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-            return tensors.get("state_dict", tensors)
-        except Exception as error:  # safetensors and pickle raise a dozen unrelated types for damaged files
-            raise InputError(f"{file}: damaged or missing ({error})") from error
+        with readable(file):
+            return safe_open(file, framework="pt") if file.suffix == ".safetensors" else load_pickle(file, mmap=True)
 
     def __getitem__(self, name: str) -> Tensor:
-        opened = self._open(self._files[name])
-        return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+        opened = self._open(file := self._files[name])
+        with readable(file):
+            return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -69,12 +69,13 @@ class Checkpoint(Mapping[str, Tensor]):
         headers = {}
         for file in dict.fromkeys(self._files.values()):
             opened = self._open(file)
-            for name in (name for name, owner in self._files.items() if owner == file):
-                if isinstance(opened, dict):
-                    headers[name] = tuple(opened[name].shape), str(opened[name].dtype)
-                else:
-                    tensor = opened.get_slice(name)
-                    headers[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+            with readable(file):
+                for name in (name for name, owner in self._files.items() if owner == file):
+                    if isinstance(opened, dict):
+                        headers[name] = tuple(opened[name].shape), str(opened[name].dtype)
+                    else:
+                        tensor = opened.get_slice(name)
+                        headers[name] = tuple(tensor.get_shape()), tensor.get_dtype()
         return headers
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -88,11 +89,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """The model's `config.json`, completed with the defaults of its model type where transformers knows it."""
         from transformers import AutoConfig
 
-        file = self.directory / "config.json"
         try:
-            return AutoConfig.from_pretrained(self.directory).to_dict()
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=False).to_dict()
         except Exception:
-            try:
-                return json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise InputError(f"{file}: not readable ({error})") from error
+            return read_json(self.directory / "config.json")

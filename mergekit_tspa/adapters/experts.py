@@ -48,15 +48,15 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
     return named
 
 
-def unpack(A: Tensor, B: Tensor, rank: int, layout: str) -> list[tuple[Tensor, Tensor]]:
+def unpack(A: Tensor, B: Tensor, rank: int, layout: str | None) -> list[tuple[Tensor, Tensor]]:
     """The factors `(A_e, B_e)` of each expert: `A (experts r, d_in)`, `B (d_out, r experts)`.
 
     In `A` an expert's rows lie together, in `B` its columns are spread (`rank_major`, PEFT's), or lie together
     too (`grouped_by_expert`, as some of Unsloth's files say).
     """
     n = A.shape[0] // rank
-    A = A.view(n, rank, -1)
-    B = B.view(-1, n, rank).movedim(1, 0) if layout == "grouped_by_expert" else B.view(-1, rank, n).movedim(2, 0)
+    A = A.reshape(n, rank, -1)
+    B = B.reshape(-1, n, rank).movedim(1, 0) if layout == "grouped_by_expert" else B.reshape(-1, rank, n).movedim(2, 0)
     return list(zip(A, B))
 
 

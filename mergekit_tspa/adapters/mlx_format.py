@@ -1,15 +1,29 @@
 """Read an adapter that mlx-lm wrote."""
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import as_matrices, check_values, find_weights, read_tensors
+from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.adapters.modules import LoraModule
 from mergekit_tspa.errors import InputError
 
 _PARTS = ("lora_a", "lora_b", "m")
+
+
+class _Scale(BaseModel, strict=True, allow_inf_nan=False):
+    scale: float
+
+
+class _Config(BaseModel, strict=True, protected_namespaces=()):
+    """The keys of adapter_config.json that are read."""
+
+    lora_parameters: _Scale
+    model: str | None = None
 
 
 def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
@@ -21,12 +35,11 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     kind = config["fine_tune_type"]
     if kind not in ("lora", "dora"):
         raise InputError(
-            f"{name}: an mlx-lm adapter with fine_tune_type {kind!r} holds no LoRA; fuse it with mlx_lm.fuse first"
+            f"{name}: an mlx-lm adapter with fine_tune_type {reprlib.repr(kind)} holds no LoRA; fuse it first"
         )
     file = find_weights(directory, ("adapters.safetensors",), name)
-    scale = config.get("lora_parameters", {}).get("scale")
-    if not isinstance(scale, int | float):
-        raise InputError(f"{name}: adapter_config.json has no lora_parameters.scale; restore it from the training")
+    config = check_config(config, _Config, directory)
+    scale = config["lora_parameters"]["scale"]
     parts: dict[str, dict] = {}
     for key, tensor in read_tensors(file).items():
         module, _, part = key.rpartition(".")
@@ -38,6 +51,8 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     for module, found in parts.items():
         if not {"lora_a", "lora_b"} <= found.keys():
             raise InputError(f"{file}: {module} has only {', '.join(found)}; the file is incomplete")
+        if any(found[side].ndim != 2 for side in ("lora_a", "lora_b")):
+            raise InputError(f"{file}: the factors of {module} are no matrices; fuse it with mlx_lm.fuse first")
         A, B = as_matrices(found["lora_a"].mT, found["lora_b"].mT, module, file)
-        modules[module] = LoraModule(A, B, scale, magnitude=found.get("m"))
-    return Adapter(name, config.get("model"), modules)
+        modules[module] = LoraModule(A, B, scale, magnitude=found["m"].flatten() if "m" in found else None)
+    return Adapter(name, config["model"], modules)

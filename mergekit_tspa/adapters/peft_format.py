@@ -7,18 +7,20 @@ change what the tensors mean.  Rank and alpha patterns are looked up with PEFT's
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from mergekit_tspa.adapters import experts
 from mergekit_tspa.adapters.adapter import Adapter
 from mergekit_tspa.adapters.altered import olora_part, pissa_part
-from mergekit_tspa.adapters.files import as_matrices, check_values, find_weights, read_tensors
+from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
 from mergekit_tspa.adapters.names import strip_prefixes
 from mergekit_tspa.errors import InputError
@@ -63,6 +65,36 @@ _LORA_KEY = re.compile(
 )
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 
+_Rank = Annotated[int, Field(ge=1, lt=2**31)]
+_Rows = list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+class _Blocks(BaseModel, strict=True):
+    """Of BD-LoRA."""
+
+    nblocks: Annotated[int, Field(ge=1, le=256)]  # devices that share a layer
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+
+
+class _Config(BaseModel, strict=True, allow_inf_nan=False):
+    """The keys of adapter_config.json that are read, beside those that only refuse an adapter."""
+
+    base_model_name_or_path: str | None = None
+    r: _Rank
+    lora_alpha: float
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = False
+    use_dora: bool | None = False
+    use_bdlora: _Blocks | None = None
+    fan_in_fan_out: bool | None = False
+    init_lora_weights: bool | str | dict | None = True
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
+    trainable_token_indices: _Rows | dict[str, _Rows] | None = None
+    lora_B_layout: str | None = None
+
 
 def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     """Read a PEFT directory; `docs/adapters.md` lists what is read and what is refused.
@@ -71,6 +103,7 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
         InputError: files are missing or damaged, the adapter is of another kind, or a value is not finite.
     """
     _refuse_config(config, name)
+    config = check_config(config, _Config, directory)
     file = find_weights(directory, _FILES, name)
     lora, trained = _sort(read_tensors(file), config, file)
     if not lora and not trained:
@@ -85,20 +118,24 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
         modules[module] = found = _read_module(module, parts, config, file)
         if "B.bias" in parts:
             bias, added = f"{module}.bias", found.scale * parts["B.bias"].float()
+            if bias in changes and changes[bias].value.shape != added.shape:
+                raise InputError(f"{file}: {bias} is there twice, in two shapes; save the adapter again")
             changes[bias] = Change(changes[bias].value + added) if bias in changes else Change(added, added=True)
-    return Adapter(name, config.get("base_model_name_or_path"), modules, changes)
+    return Adapter(name, config["base_model_name_or_path"], modules, changes)
 
 
 def _refuse_config(config: Mapping[str, Any], name: str) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise InputError(f"{name}: peft_type is {kind!r}, not 'LORA', and cannot be read as factors; {_MERGE_FIRST}")
+        raise InputError(
+            f"{name}: peft_type is {reprlib.repr(kind)}, not 'LORA', and cannot be read as factors; {_MERGE_FIRST}"
+        )
     for flag, (what, way_out) in _REFUSED_FLAGS.items():
         if config.get(flag):
             raise InputError(f"{name}: {what} is not supported; {way_out}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_REFUSED_INITS):
-        raise InputError(f"{name}: initialised with {init!r}, which is not supported: {_CONVERT}")
+        raise InputError(f"{name}: initialised with {reprlib.repr(init)}, which is not supported: {_CONVERT}")
     if init not in _KNOWN_INITS:
         LOG.warning("%s: init_lora_weights is %r, unknown here; read as a plain LoRA", name, init)
 
@@ -143,7 +180,7 @@ def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> t
     module, indices = key.removesuffix(_TOKENS), config.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((rows for layer, rows in indices.items() if f".{module}".endswith(f".{layer}")), None)
-    if not indices or len(indices) != len(value):
+    if not indices or value.shape[:1] != (len(indices),):
         raise InputError(
             f"{file}: {key} has shape {tuple(value.shape)}, but trainable_token_indices of adapter_config.json names "
             f"{len(indices or ())} tokens of {module}; restore the configuration it was saved with"
@@ -156,9 +193,9 @@ def _read_module(module: str, parts: Mapping[str, Tensor], config: Mapping[str, 
     embedding = "embedding_A" in parts or "embedding_B" in parts
     A, B = _pair(module, parts, "embedding_" if embedding else "", file)
     if blocks := config.get("use_bdlora"):
-        A, B = _expanded(module, A, B, blocks)
+        A, B = _expanded(module, A, B, blocks, file)
     A, B = as_matrices(A, B, module, file)
-    rank = _setting(config, "rank_pattern", "r", module)
+    rank = _setting(config, "rank_pattern", "r", module, file)
     if rank != A.shape[0]:
         raise InputError(
             f"{file}: {module} has rank {A.shape[0]} but adapter_config.json says r = {rank}, so its scale is unknown; "
@@ -186,14 +223,14 @@ def _read_experts(
 ) -> dict[str, LoraModule]:
     """`{parameter[expert]: factors}`."""
     A, B = as_matrices(*_pair(parameter, parts, "", file), parameter, file)
-    rank = _setting(config, "rank_pattern", "r", parameter)
+    rank = _setting(config, "rank_pattern", "r", parameter, file)
     if A.shape[0] % rank:
         raise InputError(
             f"{file}: the factors of {parameter} hold {A.shape[0]} rows, no multiple of the rank {rank} that "
             "adapter_config.json says; restore the configuration it was saved with"
         )
     scale = _scale(config, parameter, rank, file)
-    pairs = experts.unpack(A, B, rank, config.get("lora_B_layout", "rank_major"))
+    pairs = experts.unpack(A, B, rank, config["lora_B_layout"])
     return {f"{parameter}[{expert}]": LoraModule(A, B, scale) for expert, (A, B) in enumerate(pairs)}
 
 
@@ -207,12 +244,14 @@ def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tu
     return parts[f"{kind}A"], parts[f"{kind}B"]
 
 
-def _expanded(module: str, A: Tensor, B: Tensor, blocks: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _expanded(module: str, A: Tensor, B: Tensor, blocks: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor]:
     """BD-LoRA: the file holds the blocks of a block-diagonal factor one below the other."""
+    if A.ndim != 2 or B.ndim != 2:
+        raise InputError(f"{file}: the factors of {module} are no matrices, as BD-LoRA's are; save the adapter again")
     layer = module.rpartition(".")[2]
 
     def expand(factor: Tensor, targets: str) -> Tensor:
-        if any(target in layer for target in blocks.get(targets) or ()):
+        if any(target in layer for target in blocks[targets] or ()):
             return torch.block_diag(*factor.chunk(blocks["nblocks"]))
         return factor
 
@@ -228,17 +267,18 @@ def _base_part(config: Mapping[str, Any], rank: int, scale: float) -> BasePart |
     return None
 
 
-def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str) -> Any:
+def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str, file: Path) -> Any:
     """A value that may depend on the module, with PEFT's rule for patterns."""
     from peft.utils.other import get_pattern_key
 
-    values = config.get(pattern) or {}
-    return values.get(get_pattern_key(values.keys(), module), config.get(default))
+    values = config[pattern] or {}
+    try:
+        return values.get(get_pattern_key(values.keys(), module), config[default])
+    except (re.error, OverflowError, RecursionError) as error:
+        raise InputError(f"{file}: {pattern} of adapter_config.json holds no regular expression ({error})") from error
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, file: Path) -> float:
     """`alpha / r`, or `alpha / sqrt(r)` for rsLoRA."""
-    alpha = _setting(config, "alpha_pattern", "lora_alpha", module)
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise InputError(f"{file}: lora_alpha of {module} is {alpha!r} where a number is expected")
+    alpha = _setting(config, "alpha_pattern", "lora_alpha", module, file)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

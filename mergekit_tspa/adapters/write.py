@@ -1,7 +1,8 @@
 """Write a PEFT adapter that every consumer reads alike: scale 1, one rank, few configuration keys."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from mergekit_tspa.adapters.factors import LoraFactors
+from mergekit_tspa.adapters.files import CONFIG_FILE
 from mergekit_tspa.adapters.modules import LoraModule
 
 
@@ -20,7 +22,7 @@ def write_adapter(
     task_type: str | None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Save updates as `adapter_model.safetensors` and, last, `adapter_config.json`.
+    """Save updates as `adapter_model.safetensors` and, last, `adapter_config.json`, whose presence says: complete.
 
     The scale is baked in (`lora_alpha = r`), and smaller ranks are padded with zeros to the largest: vLLM and
     llama.cpp read neither patterns nor more than one rank.
@@ -57,6 +59,20 @@ def write_adapter(
         "inference_mode": True,
     }
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / CONFIG_FILE).unlink(missing_ok=True)
+    with _replaced(directory / "adapter_model.safetensors") as file:
+        save_file(tensors, file, metadata={"format": "pt"})
+    with _replaced(directory / CONFIG_FILE) as file:
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
+
+
+@contextmanager
+def _replaced(file: Path) -> Iterator[Path]:
+    """A file beside `file` that takes its name once it is whole."""
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from mergekit_tspa.adapters import Checkpoint
 from mergekit_tspa.adapters.extract import StoredTensor
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.graph.output import held, refuse_inputs
 from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
 from mergekit_tspa.methods import METHODS, LowRank
 from mergekit_tspa.methods.base import WeightPlan
@@ -187,9 +188,13 @@ def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
             f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "
             "name another directory"
         )
-    if not next(path for path in (out_path, *out_path.absolute().parents) if path.exists()).is_dir():
-        raise InputError(f"{out_path}: a part of this path is a file; name another directory")
+    with held(out_path):
+        _run(config, merge_options, out_path, source)
+
+
+def _run(config: MergeConfiguration, merge_options: MergeOptions, out_path: Path, source: str) -> None:
     planner = make_planner(config, merge_options)
+    refuse_inputs(config, out_path)
     planner._plan()
     save = adapter_task(planner, out_path, source)
     if merge_options.multi_gpu:

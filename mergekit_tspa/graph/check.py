@@ -362,7 +362,7 @@ def _documents(file: Path) -> list[dict]:
 @add_merge_options
 @click.pass_context
 def main(context: click.Context, merge_options: MergeOptions, config_file: Path):
-    """Say what a merge would do, and all that is wrong with its recipe; no weight of the base is read.
+    """Say what a merge would do, and all that is wrong with its recipe; no linear weight of the base is read.
 
     Takes the options of the merge itself.  Exits with 0 only if the merge would start.
     """

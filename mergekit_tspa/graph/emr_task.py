@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mergekit_tspa.adapters import Checkpoint
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.graph.output import replaced
 from mergekit_tspa.methods.emr import DESCRIPTION, RECORDS, task_update
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -30,6 +31,8 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
     """
     if not (merged / DESCRIPTION).is_file():
         raise InputError(f"{merged}: no {DESCRIPTION} there; give the output directory of a merge with an emr method")
+    if not (merged / "config.json").is_file():
+        raise InputError(f"{merged}: no config.json there; the merge did not finish, run it again")
     description = json.loads((merged / DESCRIPTION).read_text(encoding="utf-8"))
     weights = description["weights"]
     chosen = _find(task, {name for weight in weights.values() for name in weight["tasks"]})
@@ -42,11 +45,9 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
     except Exception as error:  # not there, not reachable, not a model: all need the same way out
         raise InputError(f"{base}: the base of {merged} cannot be read ({error}); put it there again") from error
     unified = LazyTensorLoader(ShardedTensorIndex.from_disk(str(merged)), lazy_unpickle=False)
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    skipped = lambda _, names: [n for n in names if n.endswith(_WEIGHTS) or n == DESCRIPTION]  # noqa: E731
-    shutil.copytree(merged, unfinished, ignore=skipped)
-    with TensorWriter(str(unfinished)) as writer:
+    with replaced(out) as partial, TensorWriter(str(partial)) as writer:
+        ignored = lambda _, names: [n for n in names if n.endswith(_WEIGHTS) or n == DESCRIPTION]  # noqa: E731
+        shutil.copytree(merged, partial, ignore=ignored, dirs_exist_ok=True)
         for name in tqdm(unified.index.tensor_paths, desc=f"rebuilding {task}", disable=quiet):
             tensor = unified.get_tensor(name)
             if name in weights:
@@ -55,7 +56,6 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
                 update = None if position is None else task_update(_record(records, name), position)
                 tensor = (before if update is None else update.apply_to(before)).to(tensor.dtype)
             writer.save_tensor(name, tensor)
-    unfinished.rename(out)
 
 
 def _find(task: str, known: set[str]) -> str:

@@ -53,6 +53,19 @@ def _complete_recipes(merge) -> None:
 
     merge.get_architecture_info = get_architecture_info
 
+    run = merge.run_merge
+
+    @functools.wraps(run)
+    def run_merge(merge_config, out_path, *args, **kwargs):
+        if not _ours(merge_config.merge_method):
+            return run(merge_config, out_path, *args, **kwargs)
+        from mergekit_tspa.graph.output import held
+
+        with held(Path(out_path)):
+            return run(merge_config, out_path, *args, **kwargs)
+
+    merge.run_merge = run_merge
+
 
 def _plan_tasks(plan) -> None:
     original = plan.MergePlanner._plan
@@ -73,6 +86,7 @@ def _plan_tasks(plan) -> None:
     def plan_to_disk(self, out_path):
         ours = _ours(self.config.merge_method)
         if ours:
+            from mergekit_tspa.graph.output import begin_model
             from mergekit_tspa.graph.recipe import check_output
 
             check_output(Path(out_path), self.config)
@@ -80,6 +94,7 @@ def _plan_tasks(plan) -> None:
         if ours:
             from mergekit_tspa.graph.plan import log_tasks, record_tasks
 
+            begin_model(self.config, Path(out_path))
             tasks += [*log_tasks(self, tasks), *record_tasks(self, out_path)]
             if (self.config.parameters or {}).get("adapter") is True:
                 from mergekit_tspa.graph.adapter import adapter_task

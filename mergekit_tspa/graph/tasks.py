@@ -15,10 +15,12 @@ from pydantic import ConfigDict
 
 from mergekit_tspa.adapters import Adapter, Index, log_kept
 from mergekit_tspa.alignment.attention import SideGrams
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import Dense, LowRank, Method
 from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
 from mergekit_tspa.methods.base import Truncation, WeightPlan, load_weight, merge_weights, survey_weights
 from mergekit_tspa.methods.update import apply_parts
+from mergekit_tspa.numerics import finite
 
 LOG = logging.getLogger(__name__)
 
@@ -164,8 +166,12 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True):
             update = updates.get(str(i))
             update = update and (LowRank(*update) if len(update) == 2 else Dense(*update))
             parts.append((part.index, part.plan.finish(update)))
+        dtype = dtype_from_name(self.dtype) or W.dtype
         with torch.no_grad():
-            return apply_parts(W, parts, dtype_from_name(self.dtype) or W.dtype)
+            merged = apply_parts(W, parts, dtype)
+        if not finite(merged):
+            raise InputError(f"{self.base.tensor}: the merged weight holds NaN, or is too large for {dtype}")
+        return merged
 
 
 class LogKept(Task[None], frozen=True):

@@ -18,6 +18,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.pico import at_mean_norm, pico
 from mergekit_tspa.methods.svc import svc
 from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
+from mergekit_tspa.numerics import finite, product_overflows
 
 LOG = logging.getLogger(__name__)
 
@@ -294,11 +295,18 @@ def survey_weights(
 
 
 def load_weight(method: Method, plan: WeightPlan, device: torch.device | str | None) -> WeightInputs:
-    """Load the factors of a weight in float32, without adapters whose update is zero."""
+    """Load the factors of a weight in float32, without adapters whose update is zero.
+
+    Raises:
+        InputError: an adapter's update, its scale included, is too large for float32.
+    """
     loaded = [
         (adapter.factors(module, device=device), weight, adapter)
         for (adapter, module), weight in zip(plan.sources, plan.weights)
     ]
+    for (adapter, module), (factors, *_) in zip(plan.sources, loaded):
+        if product_overflows(factors, factors.rank):
+            raise InputError(f"{adapter.name}: its update of {module}, scale included, is too large for float32")
     if method.drops_zeros:
         loaded = [part for part in loaded if part[0].B.any() and part[0].A.any()]
     factors, weights, adapters = zip(*loaded) if loaded else ((), (), ())
@@ -322,7 +330,7 @@ def merge_weights(
     kept: dict[str, float] = {}
     for plan in plans:
         update = updates.setdefault(plan.name, _zero(plan, device))
-        if not all(math.isfinite(bound) for t in update for bound in t.aminmax()):  # makes no copies of dense updates
+        if not finite(*update) or (len(update) == 2 and product_overflows(update, update.rank)):
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
             raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
         rank = plan.parameters.rank

@@ -222,9 +222,6 @@ def test_bad_use(llama, adapters, tmp_path):
     ):
         result = adapter_command(bad, tmp_path / "w")
         assert result.exit_code == 1 and message in result.output
-    file = write_recipe(tmp_path / "r.yml", recipe("core_tsv", llama, adapters))
-    result = CliRunner().invoke(main, ["adapter", str(file), str(file / "out")])
-    assert result.exit_code == 1 and "is a file" in result.output
 
 
 def test_directories_that_hold_something_else(llama, adapters, tmp_path):

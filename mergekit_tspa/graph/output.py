@@ -1,0 +1,97 @@
+"""The directory that a merge writes: of one process at a time, and at every moment whole or visibly incomplete."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mergekit.config import MergeConfiguration
+from safetensors import SafetensorError
+
+from mergekit_tspa.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Make and hold an output directory while it is written; left empty, a new one is removed again.
+
+    The lock is the kernel's, on the directory itself: it leaves no file and ends with the process, however that ends.
+
+    Raises:
+        InputError: another merge holds it, or a file cannot be read or written.
+    """
+    new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _lock(directory)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+            if new:
+                with suppress(OSError):
+                    directory.rmdir()
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{directory}: the merge stopped and is not complete: {error}") from error
+
+
+def _lock(directory: Path) -> int | None:
+    if fcntl is None:
+        return None
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise InputError(f"{directory}: another merge is writing there; wait, or name another directory") from error
+    except OSError:  # some network file systems have no locks
+        pass
+    return lock
+
+
+@contextmanager
+def replaced(directory: Path) -> Iterator[Path]:
+    """A directory beside `directory` that takes its name once it is whole; what a killed run left there is cleared."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    with held(partial):
+        try:
+            _clear(partial)
+            yield partial
+            partial.rename(directory)
+        except BaseException:
+            _clear(partial)
+            raise
+
+
+def _clear(directory: Path) -> None:
+    for old in directory.iterdir():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def refuse_inputs(config: MergeConfiguration, directory: Path) -> None:
+    """
+    Raises:
+        InputError: the directory holds a model or adapter of the recipe.
+    """
+    for reference in config.referenced_models():
+        for path in filter(None, (reference.model, reference.lora)):
+            if os.path.realpath(path.path) == os.path.realpath(directory):
+                raise InputError(f"{directory}: is an input of this merge; name another directory")
+
+
+def begin_model(config: MergeConfiguration, directory: Path) -> None:
+    """Take away the `config.json` of an earlier merge; mergekit writes it anew after the weights.
+
+    Raises:
+        InputError: the directory holds a model or adapter of the recipe.
+    """
+    refuse_inputs(config, directory)
+    if directory.is_dir():
+        (directory / "config.json").unlink(missing_ok=True)
