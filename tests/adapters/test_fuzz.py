@@ -33,6 +33,7 @@ cases = pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.
 
 def survives(read, *names: str | Path) -> None:
     """`read` succeeds, or raises an InputError of one line that names the file; in little memory."""
+    survives.cases += 1
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     resident = lambda field: int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1]) * 1024  # noqa: E731
     if clear.exists():
@@ -45,6 +46,9 @@ def survives(read, *names: str | Path) -> None:
         assert any(str(name) in error.message for name in names), error.message
     if clear.exists():
         assert resident("VmHWM") - before < MEMORY
+
+
+survives.cases = 0
 
 
 def check(examples: int, strategy, body) -> None:
