@@ -35,12 +35,8 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     kind = config["fine_tune_type"]
     if kind not in ("lora", "dora"):
         raise InputError(
-<<<<<<< HEAD
-            f"{name}: an mlx-lm adapter with fine_tune_type {reprlib.repr(kind)} holds no LoRA; fuse it first"
-=======
             f"{name}: an mlx-lm adapter with fine_tune_type {reprlib.repr(kind)} holds no LoRA; fuse it with "
             "mlx_lm.fuse first"
->>>>>>> faults
         )
     file = find_weights(directory, ("adapters.safetensors",), name)
     config = check_config(config, _Config, directory)
