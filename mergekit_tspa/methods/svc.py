@@ -21,9 +21,9 @@ def svc(update: LowRank | Dense, factors: Sequence[LoraFactors], floor: float = 
     U, S, Vh = update.svd()  # (d_out, k), (k,), (k, d_in)
     shares = []
     for f in (factors[t] for t in nonzero(factors)):
-        B, A = f.B.to(U.dtype), f.A.to(U.dtype)
-        G = U.mT @ B  # (k, r): u_j^T D_t = G_j A, which is never formed
+        A = f.A.double()
+        G = (U.mT @ f.B.to(U.dtype)).double()  # (k, r): u_j^T D_t = G_j A, which is never formed
         size = (G @ (A @ A.mT) * G).sum(1).clamp(min=0).sqrt()
-        share = S * (G * (Vh @ A.mT)).sum(1) / size.square()
+        share = S.double() * (G * (Vh @ f.A.to(U.dtype).mT).double()).sum(1) / size.square()
         shares.append(torch.where(size > ROUNDING * f.norm(), share, 0.0).clamp(min=floor))
-    return update.rebuilt(U, S / torch.stack(shares).mean(0), Vh)
+    return update.rebuilt(U, S / torch.stack(shares).mean(0).to(S.dtype), Vh)

@@ -57,6 +57,8 @@ def test_finite(method, options, case):
     bound = {"largest rank": r, "sum of ranks": n * r, "clusters": r, "k + n c": r + n * max(1, r // 2)}
     bound |= {"parameter rank": r, "dense": max(factors[0].shape)}
     for modifiers in MODIFIERS:
+        if method.endswith("_iso") and "svc" in modifiers:
+            continue  # refused: equal singular values leave nothing to calibrate
         update = merge(method, factors, **options, **modifiers)
         assert update.dense().shape == factors[0].shape
         assert all(x.isfinite().all() and x.dtype == torch.float32 for x in update)
@@ -75,7 +77,7 @@ def test_one_adapter_comes_back_by_its_weight(method, modifiers):
 
 
 @pytest.mark.parametrize("modifiers", MODIFIERS)
-@pytest.mark.parametrize("method", [name for name in CLOSED if "dare" not in name and "della" not in name])
+@pytest.mark.parametrize("method", [n for n in CLOSED if not any(part in n for part in ("dare", "della", "_iso"))])
 def test_adapters_without_an_update_add_nothing(method, modifiers):
     few = merge(method, [f, g], [1.0, 0.5], **modifiers)
     more = merge(method, [no_B, f, no_A, g], [1.0, 1.0, 1.0, 0.5], **modifiers)
