@@ -265,6 +265,7 @@ def test_refusals(llama, three, tmp_path):
     mla = {"model.layers.0.self_attn.q_a_proj": q["model.layers.0.self_attn.q_proj"]}
     unknown = tensors | {"model.layers.0.self_attn.q_a_proj.weight": torch.zeros(64, 64)}
     huge = {m: (B * 1e30, A * 1e30) for m, (B, A) in q.items()}
+    large = {m: (B * 1e14, A * 1e14) for m, (B, A) in q.items()}
     for message, method, adapters, options in [
         ("give it the base model", "tspa", [q], {}),
         ("give the head counts", "tspa", [q], {"base": tensors}),
@@ -282,8 +283,9 @@ def test_refusals(llama, three, tmp_path):
         (r"shapes \(4, 2\) and \(3, 5\)", "tspa_lora", [{"x": (torch.ones(4, 2), torch.ones(3, 5))}], {}),
         ("NaN", "tspa_lora", [{"x": (torch.ones(4, 2) / 0, torch.ones(2, 5))}], {}),
         ("seed: 18446744073709551616", "tspa_lora", three, {"seed": 2**64}),
-        ("q_proj.weight: .*not finite; adapters adapter 0, adapter 1", "tspa_lora", [huge, huge], {}),
-        ("self_attn.* not finite", "tspa", [huge, huge], {"base": tensors, "geometry": AttentionGeometry(4, 2, 16)}),
+        ("adapter 0: its update of .*q_proj, scale included, is too large", "tspa_lora", [huge, huge], {}),
+        ("q_proj.weight: .*not finite; adapters adapter 0, adapter 1", "tspa_lora", [large, large], {}),
+        ("self_attn.* not finite", "tspa", [large, large], {"base": tensors, "geometry": AttentionGeometry(4, 2, 16)}),
         ("rank 9.*carry rank 4 at most", "tspa_lora", three, {"rank": 9}),
         ("attention_steps: -1", "tspa", three, {"attention_steps": -1}),
         ("attention_lr: 0", "tspa", three, {"attention_lr": 0}),
