@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from mergekit_tspa.cli import main
-from tests.conftest import ROOT, peft_merged, recipe, relative_error, run, write_recipe
+from tests.conftest import ROOT, merge, peft_merged, recipe, relative_error, run, write_recipe
 from tests.graph.test_merge import check, weighted_target
 
 
@@ -91,6 +91,12 @@ def test_fallback_command_without_the_entry_point(llama, adapters, tmp_path):
     want = peft_merged(llama, adapters[0])
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         assert relative_error(tensor, want[name]) < 1e-6
+
+
+def test_misspelt_method(llama, adapters, tmp_path):
+    result = merge(recipe("core_tvs", llama, adapters), tmp_path / "out")
+    assert result.exit_code == 1 and "do you mean core_tsv?" in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_own_commands():

@@ -1,5 +1,6 @@
 """What the post-import hooks do to mergekit's modules; everything else in mergekit stays as it is."""
 
+import difflib
 import functools
 import logging
 from pathlib import Path
@@ -28,6 +29,18 @@ def _ours(name: str) -> bool:
     return any(method.spec.name == name and isinstance(method, AdapterMergeMethod) for method in registered_methods())
 
 
+def _refuse_misspelt(name: str) -> None:
+    """
+    Raises:
+        InputError: a method that mergekit does not know and whose name is nearly one of ours.
+    """
+    from mergekit.merge_methods.registry import registered_methods
+
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.8)
+    if near and name not in {method.spec.name for method in registered_methods()}:
+        raise InputError(f"there is no merge_method {name!r}; do you mean {near[0]}?")
+
+
 def _register_methods(registry) -> None:
     from mergekit_tspa.graph.method import AdapterMergeMethod
 
@@ -49,6 +62,8 @@ def _complete_recipes(merge) -> None:
             from mergekit_tspa.graph.recipe import complete
 
             complete(config, options)
+        else:
+            _refuse_misspelt(config.merge_method)
         return original(config, options)
 
     merge.get_architecture_info = get_architecture_info

@@ -36,7 +36,7 @@ def rotation(factors: Sequence[LoraFactors], weights: Sequence[float], *, scale:
 
 def _anchor(B: Tensor, A: Tensor) -> Tensor:
     """The index t of the least `||D_t - mean_u D_u||`, of two equally near ones the larger update."""
-    G = torch.einsum("tdi,udj,tie,uje->tu", B, B, A, A)  # <D_t, D_u>
+    G = (torch.einsum("tdi,udj->tuij", B, B) * torch.einsum("tie,uje->tuij", A, A)).sum((2, 3))  # <D_t, D_u>
     distance = G.diagonal() - 2 * G.mean(1)  # squared, less ||mean||^2
     tied = distance <= distance.min() + 1e-9 * G.diagonal().max()
     return G.diagonal().where(tied, -torch.inf).argmax()
