@@ -1,4 +1,4 @@
-"""Post-import hooks on three mergekit modules; standard library only.
+"""Post-import hooks on four mergekit modules; standard library only.
 
 torch calls `install` at the end of `import torch` (entry-point group `torch.backends`), before mergekit's
 merge methods are imported.  `install` puts one finder on `sys.meta_path`; when one of the modules below is
@@ -14,7 +14,7 @@ import warnings
 from importlib.util import find_spec
 from types import ModuleType
 
-_HOOKED = ("mergekit.merge_methods.registry", "mergekit.merge", "mergekit.plan")
+_HOOKED = ("mergekit.merge_methods.registry", "mergekit.merge", "mergekit.plan", "mergekit.evo.genome")
 
 
 def _extend(module) -> None:
@@ -26,7 +26,7 @@ def _extend(module) -> None:
 
 
 class _Finder:
-    """Finds the three modules through the other finders and extends each once it has been executed."""
+    """Finds these modules through the other finders and extends each once it has been executed."""
 
     def __init__(self):
         self._searching = set()

@@ -29,6 +29,7 @@ from mergekit_tspa.methods.base import (
     check_plans,
     merge_weights,
     plan_weight,
+    summary,
     survey_weights,
 )
 
@@ -37,7 +38,7 @@ BaseLike = str | os.PathLike | Mapping[str, Tensor]
 
 
 class MergedAdapters(dict[str, MergedUpdate]):
-    """`{module: update}`, and what the method's solvers report."""
+    """`{module: update}`, and what the method's solvers report of each stage."""
 
     reports: Sequence[Report] = ()
 
@@ -50,7 +51,7 @@ def merge_adapters(
     base: BaseLike | None = None,
     geometry: AttentionGeometry | None = None,
     device: torch.device | str | None = None,
-    progress: Progress = lambda stage, done: None,
+    progress: Progress = lambda stage, done, left: None,
     **parameters,
 ) -> MergedAdapters:
     """Merge LoRA adapters of one base into one update per module.
@@ -65,7 +66,8 @@ def merge_adapters(
             shapes.
         geometry: head counts, when `base` is a mapping; a directory has them in its configuration.
         device: where the method computes; the CPU by default.
-        progress: called with the name of a stage and the fraction of it that is done.
+        progress: called with the name of a stage, the fraction of it that is done, and the fraction of the objective at
+            its start that is left, None where there is none.
         **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`), `extract_rank` and
             `extract_energy` for all full models.
 
@@ -121,7 +123,7 @@ def merge_adapters(
         log_kept(adapter)
     found = {plan.name: update for plan, update in zip(low_rank, updates)}
     merged = MergedAdapters({plan.name.removesuffix(".weight"): plan.finish(found.get(plan.name)) for plan in plans})
-    merged.reports = reports
+    merged.reports = summary(reports)
     return merged
 
 

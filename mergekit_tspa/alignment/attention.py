@@ -265,7 +265,7 @@ def align_attention(
     rotary_dim: int | None = None,
     seed: int = 42,
     solver: str = "amsgrad",
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float, float], None] | None = None,
 ) -> tuple[Tensor, Tensor, Solution]:
     """Align all layers; returns ``s_t S^X_t R_t`` and ``S^Y_t R_t / s_t``, shaped as the inner factors.
 
@@ -292,7 +292,7 @@ def align_attention(
             tolerance=tolerance,
             floor=100 * torch.finfo(Z.dtype).eps * share.target.sum(1),
             solver=solver,
-            on_progress=on_progress and (lambda done: on_progress((part.start + done * len(Z)) / L)),
+            on_progress=on_progress and (lambda done, left: on_progress((part.start + done * len(Z)) / L, left)),
             first=part.start,
         )
         aligned = rotated(solution.point, solution.log_s).movedim(2, 1)

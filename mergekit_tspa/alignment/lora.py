@@ -26,7 +26,7 @@ def align_lora(
     tolerance: float = 0.0,
     seed: int = 42,
     solver: str = "amsgrad",
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float, float], None] | None = None,
 ) -> tuple[Tensor, Tensor, Solution]:
     """Minimise ``||B' A' - tau mean_v Bt_v At_v||^2`` per matrix; returns R (M, n, r, r), s (M, n), Solution.
 
@@ -61,7 +61,7 @@ def align_lora(
             tolerance=tolerance,
             floor=100 * torch.finfo(G_B.dtype).eps * tau**2 * norm2[part],
             solver=solver,
-            on_progress=on_progress and (lambda done: on_progress((part.start + done * count) / M)),
+            on_progress=on_progress and (lambda done, left: on_progress((part.start + done * count) / M, left)),
             first=part.start,
         )
         return solution.point, solution.log_s.exp(), solution

@@ -21,7 +21,7 @@ def align_pairwise(
     tolerance: float = 0.0,
     seed: int = 42,
     solver: str = "amsgrad",
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float, float], None] | None = None,
 ) -> tuple[Tensor, Tensor, Solution]:
     """Minimise ``sum_{i<j} ||X_i R_i - X_j R_j||^2 + ||Y_i R_i - Y_j R_j||^2``, one rotation per kv group.
 
@@ -48,7 +48,7 @@ def align_pairwise(
             tolerance=tolerance,
             floor=100 * torch.finfo(N.dtype).eps * similarity.diagonal(dim1=1, dim2=2).sum(1),
             solver=solver,
-            on_progress=on_progress and (lambda done: on_progress((part.start + done * len(N)) / len(x))),
+            on_progress=on_progress and (lambda done, left: on_progress((part.start + done * len(N)) / len(x), left)),
             first=part.start,
         )
         R = solution.point.movedim(2, 1)[:, :, :, None]

@@ -40,7 +40,7 @@ def minimise(
     tolerance: float = 0.0,
     floor: Tensor | float = 0.0,
     solver: str = "amsgrad",
-    on_progress: Callable[[float], None] | None = None,
+    on_progress: Callable[[float, float], None] | None = None,
     first: int = 0,
 ) -> Solution:
     """Minimise many independent objectives at once over orthonormal rows and log scales.
@@ -53,8 +53,8 @@ def minimise(
     ``tolerance`` stops early once the sum of the normalised losses fell by less than that fraction within
     ``CHECK_EVERY`` steps; 0 always takes all steps. ``solver`` is ``"amsgrad"`` or ``"geoopt"``, which take
     the same steps; the latter runs geoopt's own RiemannianAdam and serves as the reference. ``on_progress``
-    hears the fraction done; ``first`` is the number of the first problem, for the message of a
-    FloatingPointError.
+    hears the fraction done and the mean normalised loss; ``first`` is the number of the first problem, for the
+    message of a FloatingPointError.
     """
     point = point.clone(memory_format=torch.contiguous_format)
     advance = {"amsgrad": _amsgrad, "geoopt": _geoopt}[solver](point, log_s, lr)
@@ -69,13 +69,13 @@ def minimise(
             if not (finite := torch.isfinite(loss)).all():
                 culprit = first + int((~finite).nonzero()[0])
                 raise FloatingPointError(f"the loss of alignment problem {culprit} is not finite", culprit)
-            if on_progress and steps:
-                on_progress(step / steps)
             better = loss < end
             torch.where(better, loss, end, out=end)
             torch.where(_align(better, point), point, best_point, out=best_point)
             torch.where(better[:, None], log_s, best_log_s, out=best_log_s)
             previous, checked = checked, (end * unit).sum()
+            if on_progress and steps:
+                on_progress(step / steps, checked.item() / len(end))
             if not checked or (tolerance and step and previous - checked < tolerance * previous):
                 break  # nothing left to do, or too little happens
         if step < steps:
@@ -87,7 +87,7 @@ def minimise(
         .amax(1)
     )
     if on_progress:
-        on_progress(1.0)
+        on_progress(1.0, checked.item() / len(end))
     taken = torch.full_like(start, step, dtype=torch.long)
     return Solution(best_point, best_log_s, start.clamp(min=0), end.clamp(min=0), error, taken)
 

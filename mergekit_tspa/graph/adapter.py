@@ -23,7 +23,10 @@ from mergekit_tspa.adapters import Checkpoint
 from mergekit_tspa.adapters.extract import StoredTensor
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.graph.card import adapter_card
 from mergekit_tspa.graph.output import held, refuse_inputs
+from mergekit_tspa.graph.plan import log_tasks
+from mergekit_tspa.graph.recipe import span
 from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
 from mergekit_tspa.methods import METHODS, LowRank
 from mergekit_tspa.methods.base import WeightPlan
@@ -112,7 +115,7 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
         base=str(config.base_model),
         task_type="SEQ_2_SEQ_LM" if getattr(model, "is_encoder_decoder", False) else causal,
         dtype=config.out_dtype or config.dtype,
-        card=_card(config, [part.plan for part in parts], source or config.to_yaml()),
+        card=adapter_card(config, weight_ranges(part.plan for part in parts), source or config.to_yaml()),
     )
     return SaveAdapter(updates=tuple(part.update for part in parts), file=file)
 
@@ -154,17 +157,7 @@ def weight_ranges(plans: Iterable[WeightPlan]) -> dict[str, str]:
     for plan in plans:
         for (adapter, _), weight in zip(plan.sources, plan.weights):
             weights.setdefault(adapter.name, set()).add(weight)
-    return {name: " to ".join(f"{w:g}" for w in sorted({min(used), max(used)})) for name, used in weights.items()}
-
-
-def _card(config: MergeConfiguration, plans: list[WeightPlan], source: str) -> str:
-    """A model card: base, method, adapters with the range of their weights, recipe."""
-    method = METHODS[config.merge_method]
-    rows = [f"| {name} | {used} |" for name, used in weight_ranges(plans).items()]
-    head = ["---", f"base_model: {config.base_model}", "library_name: peft", "tags: [mergekit, merge, lora]", "---", ""]
-    title = [f"# {Path(str(config.base_model)).name}: merged adapter", ""]
-    text = [f"LoRA adapters merged by [{method.title}]({method.url}) ({method.paper}).", "", "| adapter | weight |"]
-    return "\n".join([*head, *title, *text, "|---|---|", *rows, "", "```yaml", source.strip(), "```", ""])
+    return {name: span(used) for name, used in weights.items()}
 
 
 @click.command("adapter", cls=PrettyPrintHelp)
@@ -197,9 +190,10 @@ def _run(config: MergeConfiguration, merge_options: MergeOptions, out_path: Path
     refuse_inputs(config, out_path)
     planner._plan()
     save = adapter_task(planner, out_path, source)
+    tasks = [save, *log_tasks(planner, save)]
     if merge_options.multi_gpu:
-        executor = MultiGPUExecutor(targets=[save], storage_device="cpu")
+        executor = MultiGPUExecutor(targets=tasks, storage_device="cpu")
     else:
-        executor = Executor(targets=[save], math_device=merge_options.device, storage_device="cpu")
+        executor = Executor(targets=tasks, math_device=merge_options.device, storage_device="cpu")
     for _ in executor.run(quiet=merge_options.quiet):
         pass

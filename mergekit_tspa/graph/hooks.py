@@ -12,8 +12,9 @@ LOG = logging.getLogger(__name__)
 
 
 def extend(module) -> None:
-    """Extend one of the three hooked modules."""
+    """Extend one of the hooked modules."""
     {
+        "mergekit.evo.genome": _evolve_weights,
         "mergekit.merge_methods.registry": _register_methods,
         "mergekit.merge": _complete_recipes,
         "mergekit.plan": _plan_tasks,
@@ -58,13 +59,15 @@ def _complete_recipes(merge) -> None:
 
     @functools.wraps(original)
     def get_architecture_info(config, options):
-        if _ours(config.merge_method):
-            from mergekit_tspa.graph.recipe import complete
-
-            complete(config, options)
-        else:
+        if not _ours(config.merge_method):
             _refuse_misspelt(config.merge_method)
-        return original(config, options)
+            return original(config, options)
+        from mergekit_tspa.graph.recipe import complete, complete_modules
+
+        complete(config, options)
+        architecture = original(config, options)
+        complete_modules(config, architecture)
+        return architecture
 
     merge.get_architecture_info = get_architecture_info
 
@@ -81,19 +84,62 @@ def _complete_recipes(merge) -> None:
 
     merge.run_merge = run_merge
 
+    card = merge.generate_card
+
+    @functools.wraps(card)
+    def generate_card(config, config_yaml, name=None):
+        if not _ours(config.merge_method):
+            return card(config, config_yaml, name)
+        from mergekit_tspa.graph.card import model_card
+
+        return model_card(config, config_yaml, name)
+
+    merge.generate_card = generate_card
+
+
+def _evolve_weights(genome) -> None:
+    """Let mergekit-evolve search the weights of our methods' inputs."""
+    for name in METHODS:
+        genome.METHOD_PARAM_MAPS.setdefault(name, ["weight"])
+    original = genome.ModelGenome.genotype_merge_config
+
+    @functools.wraps(original)
+    def genotype_merge_config(self, genotype):
+        config = original(self, genotype)
+        if _ours(config.merge_method):
+            # It writes `int8_mask`, and `normalize: false` where none was asked for.
+            asked = self.definition.normalize
+            config.parameters = None if asked is None else {"normalize": asked}
+        return config
+
+    genome.ModelGenome.genotype_merge_config = genotype_merge_config
+
 
 def _plan_tasks(plan) -> None:
     original = plan.MergePlanner._plan
 
     @functools.wraps(original)
     def _plan(self):
-        original(self)
-        if _ours(self.config.merge_method):
-            from mergekit_tspa.graph.plan import replace_tasks
+        if not _ours(self.config.merge_method):
+            return original(self)
+        from mergekit_tspa.graph.plan import replace_tasks
 
-            replace_tasks(self)
+        original(self)
+        replace_tasks(self)
 
     plan.MergePlanner._plan = _plan
+
+    in_memory = plan.MergePlanner.plan_in_memory
+
+    @functools.wraps(in_memory)
+    def plan_in_memory(self):
+        if _ours(self.config.merge_method):  # mergekit-evolve comes here, not through `run_merge`
+            from mergekit_tspa.graph.recipe import complete
+
+            complete(self.config, self.options)
+        return in_memory(self)
+
+    plan.MergePlanner.plan_in_memory = plan_in_memory
 
     to_disk = plan.MergePlanner.plan_to_disk
 
@@ -107,10 +153,13 @@ def _plan_tasks(plan) -> None:
             check_output(Path(out_path), self.config)
         tasks = to_disk(self, out_path)
         if ours:
+            from mergekit.io.tasks import FinalizeModel
+
             from mergekit_tspa.graph.plan import log_tasks, record_tasks
 
             begin_model(self.config, Path(out_path))
-            tasks += [*log_tasks(self, tasks), *record_tasks(self, out_path)]
+            (finish,) = (task for task in tasks if isinstance(task, FinalizeModel))
+            tasks += [*log_tasks(self, finish), *record_tasks(self, out_path)]
             if (self.config.parameters or {}).get("adapter") is True:
                 from mergekit_tspa.graph.adapter import adapter_task
 

@@ -43,7 +43,7 @@ class AdapterMergeMethod(GroupMergeMethod):
         self.spec = MergeMethodSpec(
             name=method.name,
             parameters=(WEIGHT, ADAPTER, *shared),
-            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+            contract=InputContract(base=BasePolicy.REQUIRED),  # a slice or module may be the base's own
             pretty_name=method.title,
             reference_url=method.url,
         )

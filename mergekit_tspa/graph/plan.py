@@ -10,7 +10,7 @@ from functools import cache
 from mergekit import common
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, GatherTensors, LoaderCache, LoadTensor, TensorWriterTask
+from mergekit.io.tasks import GatherTensors, LoaderCache, TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.plan import MergePlanner
 
@@ -22,10 +22,12 @@ from mergekit_tspa.graph.tasks import (
     ApplyUpdates,
     Chunk,
     FinishRecords,
+    LoadBase,
     LoadSide,
-    LogKept,
+    LogMerge,
     MergeChunk,
     Part,
+    Reports,
     SaveRecord,
     SideSource,
     Survey,
@@ -59,7 +61,7 @@ def replace_tasks(planner: MergePlanner) -> None:
     """Rewrite `planner._tensors` in place.
 
     Every tensor that an adapter touches becomes `ApplyUpdates(base tensor, updates of its parts)`; every other one
-    becomes the `LoadTensor` of the base.  Tensors whose vocabulary mergekit aligns keep their stock task.
+    becomes the `LoadBase` of its name.  Tensors whose vocabulary mergekit aligns keep their stock task.
 
     Raises:
         InputError: a weight out of the method's range, an adapter of which nothing would be merged, an
@@ -67,7 +69,7 @@ def replace_tasks(planner: MergePlanner) -> None:
     """
     method, options = METHODS[planner.config.merge_method], planner.options
     touched: dict[ModelReference, set[str]] = {}
-    bases: dict[str, LoadTensor] = {}
+    bases: dict[str, LoadBase] = {}
     parts: dict[str, list[tuple[Index, WeightPlan]]] = {}  # of each tensor that changes
     for weight, task in planner._tensors:
         if isinstance(task.gather_tensors, GatherTensors):
@@ -102,8 +104,9 @@ def replace_tasks(planner: MergePlanner) -> None:
     if method.output == "dense":
         budget = 0  # an update is as large as its weight: one at a time
     updates: dict[str, TakeUpdate] = {}
+    reports = Reports()
     for chunk in _chunks(units, budget):
-        merge = _merge_task(method, chunk, loads, survey, device, options.quiet)
+        merge = _merge_task(method, chunk, loads, survey, device, options.quiet, reports)
         for index, plan in enumerate(merge.chunk.plans):
             updates[plan.name] = TakeUpdate(merge=merge, index=index, label=labels[plan.name])
 
@@ -119,7 +122,7 @@ def replace_tasks(planner: MergePlanner) -> None:
 
 def _inputs(
     name: str, task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]]
-) -> tuple[LoadTensor, dict[str, tuple[Index, list[tuple], list[tuple]]]]:
+) -> tuple[LoadBase, dict[str, tuple[Index, list[tuple], list[tuple]]]]:
     """The base's load task, and what adapters do to the output's tensor `name`, or to experts in it.
 
     By name of the part: its index, `(adapter, module, weight)` of the adapters with factors for it, and
@@ -130,7 +133,7 @@ def _inputs(
     # Of the weights after the last layer mergekit lists as many as the first slice has inputs; the name is one.
     shared = next(iter(infos.values()))
     info = infos.get(task.base_model, shared)
-    base = LoadTensor(
+    base = LoadBase(
         model=task.base_model,
         tensor=info.name,
         dtype=info.force_dtype or gather.dtype,
@@ -184,7 +187,7 @@ def _check_touched(touched: dict[ModelReference, set[str]]) -> None:
             )
 
 
-def _shapes(planner: MergePlanner, loads: dict[str, LoadTensor]) -> dict[str, tuple[int, ...] | None]:
+def _shapes(planner: MergePlanner, loads: dict[str, LoadBase]) -> dict[str, tuple[int, ...] | None]:
     """Shapes of the output's tensors; None for those that mergekit converts when it reads them."""
     loader = LoaderCache().get(planner.config.base_model)
     shapes = Checkpoint(loader.index.base_path).shapes()
@@ -224,10 +227,11 @@ def _chunks(units: Sequence[_Unit], budget: int) -> Iterator[list[_Unit]]:
 def _merge_task(
     method: Method,
     units: Sequence[_Unit],
-    loads: dict[str, LoadTensor],
+    loads: dict[str, LoadBase],
     survey: Survey | None,
     device: str | None,
     quiet: bool,
+    reports: Reports,
 ) -> MergeChunk:
     plans, pairs = ([item for unit in units for item in getattr(unit, part)] for part in ("plans", "pairs"))
     # Solvers run before the first tensor is written ("\0" sorts first): a failure leaves no files, and the executor
@@ -240,14 +244,16 @@ def _merge_task(
     ]
     label = max([f"{first}{units[0].label}", *(side.source.label for side in sides)])
     chunk = Chunk(method, plans, pairs, label)
-    return MergeChunk(chunk=chunk, sides=tuple(sides), survey=survey, device=device, quiet=quiet)
+    return MergeChunk(chunk=chunk, sides=tuple(sides), survey=survey, device=device, quiet=quiet, reports=reports)
 
 
-def log_tasks(planner: MergePlanner, tasks: Sequence[Task]) -> list[Task]:
-    """The task that reports on the full models of the merge, after all that `tasks` write."""
+def log_tasks(planner: MergePlanner, finish: Task) -> list[Task]:
+    """The task that reports on the merge after `finish`; none if nothing is merged."""
     full = [model for model in planner.config.referenced_models() if isinstance(model, FullModelReference)]
     adapters = tuple(LoaderCache().get(model).adapter for model in sorted(full, key=str))
-    return [LogKept(finish=task, adapters=adapters) for task in tasks if full and isinstance(task, FinalizeModel)]
+    parts = (part for _, task in planner._tensors if isinstance(task, ApplyUpdates) for part in task.parts)
+    reports = {part.update.merge.reports for part in parts if part.update}
+    return [LogMerge(finish=finish, reports=gathered, full=adapters) for gathered in reports or {Reports()}]
 
 
 def record_tasks(planner: MergePlanner, out_path: str) -> list[Task]:

@@ -1,12 +1,14 @@
 """Check and complete a recipe of one of our methods before mergekit looks at it."""
 
+import logging
 import os
 from collections import ChainMap
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 from mergekit import common
+from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
     ConditionalParameter,
@@ -21,12 +23,13 @@ from pydantic import ValidationError
 
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.graph.method import ADAPTER, AdapterMergeMethod
+from mergekit_tspa.graph.method import ADAPTER, WEIGHT, AdapterMergeMethod
 from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.base import PER_MODEL
 from mergekit_tspa.methods.emr import DESCRIPTION
 
+LOG = logging.getLogger(__name__)
 Source = InputModelDefinition | InputSliceDefinition
 # What has `parameters`, besides the inputs themselves.
 Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
@@ -42,6 +45,24 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
         raise fault
 
 
+def complete_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
+    """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not write them.
+
+    Raises:
+        InputError: a module that the architecture does not have, or slices where there are several.
+    """
+    known = architecture.modules
+    if config.slices and len(known) > 1:
+        raise InputError(f"{config.base_model} has the modules {', '.join(known)}; write `modules:` and slices in them")
+    if config.modules is None:
+        return
+    if unknown := config.modules.keys() - known:
+        raise InputError(f"{config.base_model} has no module {min(unknown)!r}; its modules are {', '.join(known)}")
+    for name in known.keys() - config.modules.keys():
+        LOG.info("module %s is not in the recipe: it is the base's", name)
+        config.modules[name] = OutputModuleDefinition(models=[InputModelDefinition(model=config.base_model)])
+
+
 def faults(config: MergeConfiguration, options: MergeOptions, absent: Set[str] = frozenset()) -> Iterator[InputError]:
     """What is wrong with the recipe, which is completed on the way.
 
@@ -52,6 +73,7 @@ def faults(config: MergeConfiguration, options: MergeOptions, absent: Set[str] =
         absent: models that do not exist yet; what needs them stays as it is
     """
     yield from _check_options(config, options)
+    _take_seed(config, options)
     flawed = list(_check_parameters(config, METHODS[config.merge_method]))
     yield from flawed
     for step in (_complete_adapters(config, options), _complete_base(config)):
@@ -76,6 +98,15 @@ def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterato
             common.get_torch_accelerator_count()
         except AttributeError:
             yield InputError("--multi-gpu: this machine has no accelerator; leave the option out")
+
+
+def _take_seed(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Make `--random-seed` the seed of methods that draw, unless the recipe has one."""
+    if options.random_seed is None or "seed" not in METHODS[config.merge_method].parameter_fields():
+        return
+    config.parameters = {"seed": options.random_seed} | (config.parameters or {})
+    if (seed := config.parameters["seed"]) != options.random_seed:
+        LOG.warning("--random-seed %s has no effect: the recipe's seed %s is taken", options.random_seed, seed)
 
 
 def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
@@ -188,6 +219,23 @@ def _settings(source: Source, holders: list[Holder]) -> dict[str, Any]:
     """The parameters of one model, from where they are given nearest to it."""
     given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
     return {name: given[name] for name in PER_MODEL if name in given}
+
+
+def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
+    """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and tensors."""
+    used: dict[ModelReference, list[float]] = {}
+    for group, holders in _groups(config):
+        for source in group:
+            if source.model != config.base_model:
+                given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
+                used.setdefault(source.model, []).extend(_scalars(given.get(WEIGHT.name, WEIGHT.default)))
+    return {reference: span(weights) for reference, weights in used.items()}
+
+
+def span(values: Iterable[float]) -> str:
+    """`0.5`, or `0.5 to 0.7`."""
+    values = set(values)
+    return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
 
 
 def _reference(

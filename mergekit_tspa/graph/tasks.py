@@ -1,7 +1,7 @@
 """The tasks of a merge: Grams of base weights, a chunk of weights to solve, one update of it, its base tensor."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import tqdm
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, LoadTensor, TensorWriterTask
+from mergekit.io.tasks import LoadTensor, TensorWriterTask
 from mergekit.io.tensor_writer import TensorWriter
 from pydantic import ConfigDict
 
@@ -18,7 +18,15 @@ from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import Dense, LowRank, Method
 from mergekit_tspa.methods.attention import Pair, PairPlan, Side, load_side
-from mergekit_tspa.methods.base import Truncation, WeightPlan, load_weight, merge_weights, survey_weights
+from mergekit_tspa.methods.base import (
+    Report,
+    Truncation,
+    WeightPlan,
+    load_weight,
+    merge_weights,
+    summary,
+    survey_weights,
+)
 from mergekit_tspa.methods.update import apply_parts
 from mergekit_tspa.numerics import finite
 
@@ -45,6 +53,13 @@ class SideSource:
     label: str
 
 
+@dataclass(frozen=True, eq=False)
+class Reports:
+    """What the chunks of one merge report, to be said in a few lines at its end."""
+
+    gathered: list[Report | Truncation] = field(default_factory=list)
+
+
 class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
     """Read the base weight of one side of an attention pair and keep its Grams."""
 
@@ -62,6 +77,10 @@ class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
         # The weight is read here, not through an argument, which the executor would keep until it is written.
         read = lambda name: self.source.tensors[name].execute()  # noqa: E731
         return tuple(load_side(self.source.pair, self.source.side, read, _device(self.device)))
+
+
+class LoadBase(LoadTensor, Task[torch.Tensor], frozen=True):
+    """A tensor of the base; mergekit's `LoadTensor` may give none, so its plans in memory do not take that one."""
 
 
 class Survey(Task[dict], frozen=True):
@@ -94,6 +113,7 @@ class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
     survey: Survey | None
     device: str | None
     quiet: bool
+    reports: Reports
 
     def arguments(self) -> dict[str, Task]:
         sides = {str(i): side for i, side in enumerate(self.sides)}
@@ -112,8 +132,7 @@ class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
             updates, reports = merge_weights(
                 self.chunk.method, self.chunk.plans, pairs, _device(self.device), bar.update, survey
             )
-        for report in reports:
-            LOG.log(logging.WARNING if isinstance(report, Truncation) else logging.INFO, "%s", report)
+        self.reports.gathered.extend(reports)
         return [tuple(update) for update in updates]
 
 
@@ -174,12 +193,13 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True):
         return merged
 
 
-class LogKept(Task[None], frozen=True):
-    """Say how much of the full models' differences went into the merge, once it is written."""
+class LogMerge(Task[None], frozen=True):
+    """Once the merge is written, say what the solvers did, and what of updates and full models was left out."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
-    finish: FinalizeModel
-    adapters: tuple[Adapter, ...]
+    finish: Task  # which writes the last of it
+    reports: Reports
+    full: tuple[Adapter, ...]
 
     def arguments(self) -> dict[str, Task]:
         return {"finished": self.finish}
@@ -188,7 +208,9 @@ class LogKept(Task[None], frozen=True):
         return True
 
     def execute(self, finished: None) -> None:
-        for adapter in self.adapters:
+        for report in summary(self.reports.gathered):
+            LOG.log(logging.WARNING if isinstance(report, Truncation) else logging.INFO, "%s", report)
+        for adapter in self.full:
             log_kept(adapter)
 
 
@@ -257,13 +279,15 @@ class _Bar:
     def __enter__(self) -> "_Bar":
         return self
 
-    def update(self, stage: str, done: float) -> None:
+    def update(self, stage: str, done: float, left: float | None) -> None:
         if stage != self.stage:
             self.__exit__()
             self.stage = stage
             self.bar = tqdm.tqdm(
-                desc=stage, total=100, leave=False, disable=self.quiet, bar_format="{l_bar}{bar}| {elapsed}"
+                desc=stage, total=100, leave=False, disable=self.quiet, bar_format="{l_bar}{bar}| {elapsed}{postfix}"
             )
+        if left is not None:
+            self.bar.set_postfix_str(f"{left:.3g} of the objective left", refresh=False)
         self.bar.update(100 * done - self.bar.n)
 
     def __exit__(self, *_error) -> None:

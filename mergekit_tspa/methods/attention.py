@@ -219,7 +219,7 @@ class Pair(NamedTuple):
 
 
 def align_pairs(
-    pairs: Sequence[Pair], inputs: Sequence[WeightInputs], progress: Callable[[str, float], None]
+    pairs: Sequence[Pair], inputs: Sequence[WeightInputs], progress: Callable[[str, float, float], None]
 ) -> tuple[list[WeightInputs], list[Report]]:
     """Stage 1 for all pairs; the inputs with their aligned factors, and what the solver did.
 
@@ -240,7 +240,7 @@ def align_pairs(
         what = f"{'query-key' if role == 'q' else 'value-output'} alignment"
         names = [pair.plan.name for pair in batch]
         try:
-            inner_x, inner_y, solution = _solve(batch, lambda done, what=what: progress(what, done))
+            inner_x, inner_y, solution = _solve(batch, lambda done, left, what=what: progress(what, done, left))
         except FloatingPointError as error:
             culprit = batch[error.args[1]].plan
             raise InputError(
@@ -254,7 +254,7 @@ def align_pairs(
     return list(aligned.values()), reports
 
 
-def _solve(batch: Sequence[Pair], progress: Callable[[float], None]) -> tuple[Tensor, Tensor, Solution]:
+def _solve(batch: Sequence[Pair], progress: Callable[[float, float], None]) -> tuple[Tensor, Tensor, Solution]:
     plan = batch[0].plan
     p = plan.parameters
     common = {

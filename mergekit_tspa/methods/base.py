@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,6 +91,13 @@ class Report(NamedTuple):
             int(solution.steps.max()),
         )
 
+    @classmethod
+    def joined(cls, reports: Sequence["Report"]) -> "Report":
+        """What was done to all batches of one stage."""
+        stage, names, start, end, orthogonality, steps = zip(*reports)
+        names = [*itertools.chain.from_iterable(names)]
+        return cls(stage[0], names, torch.cat(start), torch.cat(end), max(orthogonality), max(steps))
+
     def __str__(self) -> str:
         return (
             f"{self.stage} of {len(self.names)}: objective {self.start.sum():.4g} -> {self.end.sum():.4g} "
@@ -101,6 +109,11 @@ class Truncation(NamedTuple):
     """What `rank` left of each merged update: the share of `||dW||^2`."""
 
     kept: Mapping[str, float]
+    stage = "rank"
+
+    @classmethod
+    def joined(cls, reports: Sequence["Truncation"]) -> "Truncation":
+        return cls(dict(item for report in reports for item in report.kept.items()))
 
     def __str__(self) -> str:
         worst = min(self.kept, key=self.kept.__getitem__)
@@ -111,8 +124,17 @@ class Truncation(NamedTuple):
         )
 
 
+def summary(reports: Iterable[Report | Truncation]) -> list[Report | Truncation]:
+    """One report per stage."""
+    stages: dict[str, list] = {}
+    for report in reports:
+        stages.setdefault(report.stage, []).append(report)
+    return [type(group[0]).joined(group) for group in stages.values()]
+
+
 Output = Literal["largest rank", "sum of ranks", "parameter rank", "k + n c", "clusters", "dense"]  # rank of an update
-Progress = Callable[[str, float], None]  # what is being solved, and which fraction of it is done
+# What is being solved, which fraction of it is done, and of an objective which fraction of its start is left.
+Progress = Callable[[str, float, float | None], None]
 
 
 class Merged(NamedTuple):
@@ -318,7 +340,7 @@ def merge_weights(
     plans: Sequence[WeightPlan],
     pairs: Sequence["Pair"] = (),  # noqa: F821
     device: torch.device | str | None = None,
-    progress: Progress = lambda stage, done: None,
+    progress: Progress = lambda stage, done, left: None,
     survey: Mapping[Adapter, torch.Tensor] | None = None,
 ) -> Merged:
     """Load the factors of all plans, merge them, and check that the updates are finite."""
@@ -383,7 +405,7 @@ def one_by_one(rule: Callable[[WeightInputs], LoraFactors | Dense]):
         updates = []
         for i, w in enumerate(inputs):
             if len(inputs) > 1:
-                progress("merging", i / len(inputs))
+                progress("merging", i / len(inputs), None)
             updates.append(merge_one(w))
         return Merged(updates, [])
 

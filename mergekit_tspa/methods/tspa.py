@@ -116,7 +116,7 @@ def align_weights(
                 tolerance=p.tolerance,
                 seed=p.seed,
                 solver=p.solver,
-                on_progress=lambda done: progress("LoRA alignment", done),
+                on_progress=lambda done, left: progress("LoRA alignment", done, left),
             )
         except FloatingPointError as error:
             culprit = inputs[batch[error.args[1]]]

@@ -21,14 +21,14 @@ from tests.conftest import (
 )
 
 
-def weighted_target(base, adapters, weights, of=lambda name, w: w):
+def weighted_target(base, adapters, weights, of=lambda name, w: w, head=False):
     """`W + sum_t w_t (merged_t - W)`, with PEFT's merges; `of` makes weights depend on the tensor."""
     before = base_tensors(base)
     merged = [peft_merged(base, a) for a in adapters]
     return {
         name: W + sum(of(name, w) * (m[name].double() - W.double()) for m, w in zip(merged, weights))
         for name, W in before.items()
-        if name != "lm_head.weight"
+        if head or name != "lm_head.weight"
     }
 
 
@@ -216,6 +216,8 @@ def bad_recipes(llama, adapters, folder):
     head = save_adapter(open_base, folder / "head", target_modules=["lm_head"], save_embedding_layers=False)
     aligned = recipe("lora_task_arithmetic", open_base, [head], tokenizer={"source": "base"})
     save_tokenizer(open_base)
+    modules = {key: value for key, value in good().items() if key != "models"}
+    modules["modules"] = {"vision": {"models": good()["models"]}}
     nan = change(folder, one, lambda t: first(t, lambda x: x * float("nan")))
     return {
         "missing adapter": (recipe("lora_task_arithmetic", llama, [folder / "no"]), "no such adapter directory"),
@@ -235,6 +237,7 @@ def bad_recipes(llama, adapters, folder):
         "shared parameter on a model": (misplaced, "move it"),
         "out of range": (recipe("tspa_lora", llama, [one], parameters={"lora_lr": -1}), "lora_lr: -1"),
         "negative weight": (recipe("tspa_lora", llama, [one, two], [1, -1]), "at least 0"),
+        "module": (modules, "no module 'vision'; its modules are default"),
         "base with adapter": (good(base_model={"model": str(llama), "lora": str(one)}), "adapter of its own"),
     }
 
@@ -248,3 +251,12 @@ def test_bad_recipes_are_one_sentence_and_write_nothing(llama, adapters, tmp_pat
             assert error.startswith("Error: ")
             assert re.search(message, error), error
             assert not (tmp_path / "out").exists()
+
+
+def test_a_slice_of_the_base_alone(llama, adapters, tmp_path):
+    """As frankenmerges have them."""
+    source = {"model": recipe("x", llama, adapters)["models"][0]["model"], "layer_range": [0, 1]}
+    slices = [{"sources": [source]}, {"sources": [{"model": str(llama), "layer_range": [1, 2]}]}]
+    config = {"merge_method": "lora_task_arithmetic", "base_model": str(llama), "slices": slices}
+    target = weighted_target(llama, adapters[:1], [1.0], lambda name, w: float("layers.0." in name))
+    check(merged_tensors(config, tmp_path / "out"), target)

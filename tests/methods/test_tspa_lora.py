@@ -15,7 +15,7 @@ ROW = METHODS["tspa_lora"]
 
 
 def solve(inputs):
-    return ROW.merge(inputs, (), lambda stage, done: None).updates
+    return ROW.merge(inputs, (), lambda stage, done, left: None).updates
 
 
 def merge(factors, weights=None, **parameters):
