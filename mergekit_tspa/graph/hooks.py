@@ -58,13 +58,14 @@ def _complete_recipes(merge) -> None:
 
     @functools.wraps(original)
     def get_architecture_info(config, options):
-        if _ours(config.merge_method):
-            from mergekit_tspa.graph.recipe import complete
-
-            complete(config, options)
-        else:
+        if not _ours(config.merge_method):
             _refuse_misspelt(config.merge_method)
-        return original(config, options)
+            return original(config, options)
+        from mergekit_tspa.graph.architecture import fit_architecture
+        from mergekit_tspa.graph.recipe import complete
+
+        complete(config, options)
+        return fit_architecture(original, config, options)
 
     merge.get_architecture_info = get_architecture_info
 
