@@ -75,8 +75,9 @@ def make_planner(config: MergeConfiguration, options: MergeOptions) -> MergePlan
 
 
 def _module_name(plan: WeightPlan) -> str:
-    """The module as PEFT finds it in the whole model: the longest of its names in the adapters and the base."""
-    return max((*(module for _, module in plan.sources), plan.name.removesuffix(".weight")), key=len)
+    """The module as PEFT finds it in the whole model: as adapters name it, or with what some of them leave out."""
+    name, whole = max((module for _, module in plan.sources), key=len), plan.name.removesuffix(".weight")
+    return whole if whole.endswith(f".{name}") else name
 
 
 def adapter_task(planner: MergePlanner, directory: Path, source: str | None = None) -> SaveAdapter:

@@ -271,6 +271,29 @@ def test_tensors_that_mergekit_s_definition_leaves_out_are_kept(tmp_path):
         assert torch.equal(tensor, before[name]) != name.endswith(("q_proj.weight", "v_proj.weight")), name
 
 
+def test_a_head_that_has_another_name_on_disk(tmp_path):
+    """`lm_head` of a GPT-NeoX is `embed_out` in its checkpoints."""
+    base = save_model(tmp_path / "base", "GPTNeoXForCausalLM", **ENCODER, tie_word_embeddings=False)
+    adapter = save_adapter(base, tmp_path / "a", target_modules=["lm_head"], save_embedding_layers=False)
+    config = recipe("lora_task_arithmetic", base, [adapter], parameters={"adapter": True})
+    assert merge(config, tmp_path / "out").exit_code == 0
+    target = peft_merged(base, adapter)
+    assert relative_error(base_tensors(base)["lm_head.weight"], target["lm_head.weight"]) > 0.1
+    for got in (load_whole(tmp_path / "out").state_dict(), peft_merged(base, tmp_path / "out/adapter")):
+        for name, tensor in got.items():
+            assert relative_error(tensor, target[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("case", ["Mixtral", "Qwen3-MoE"], indirect=True)
+def test_adapters_of_attention_beside_experts_come_out_as_one(case, tmp_path):
+    adapters = [save_adapter(case.base, tmp_path / str(i), seed=i, target_modules=[*ATTENTION]) for i in (3, 4)]
+    config = recipe("core_tsv", case.base, adapters, parameters={"adapter": True})
+    assert merge(config, tmp_path / "out").exit_code == 0
+    got, adapted = base_tensors(tmp_path / "out"), peft_merged(case.base, tmp_path / "out/adapter")
+    for name, tensor in got.items():
+        assert relative_error(adapted[name], tensor) < 1e-5, name
+
+
 def test_indices_that_a_checkpoint_holds_stay_whole_numbers(tmp_path):
     """Of the age when positions were saved; bfloat16 knows them up to 256."""
     base = save_llama(tmp_path / "base")
