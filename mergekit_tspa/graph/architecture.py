@@ -40,8 +40,9 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
     known = find(config, options)
     checkpoint = Checkpoint(reference.local_path(options.transformers_cache))
     base = BaseModel.of(str(reference), checkpoint, model_config.to_dict())
-    chosen = {name: known.modules[name] for name in config.modules or () if name in known.modules}
-    asked = known.model_copy(update={"modules": chosen} if len(chosen) == len(config.modules or ()) > 0 else {})
+    asked = known
+    if config.modules and config.modules.keys() <= known.modules.keys():
+        asked = known.model_copy(update={"modules": {name: known.modules[name] for name in config.modules}})
     aligned = config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings
     misfit = next(_misfits(asked.all_weights(model_config), base, model_config.model_type), None)
     if misfit:

@@ -232,6 +232,21 @@ def test_other_methods_change_adapted_tensors_only_and_stage_1_attention_only(ca
     assert aligned
 
 
+def test_attention_of_an_unknown_layout_is_named_and_can_be_left_out(tmp_path):
+    """The pooling head that a vision tower can have keeps query, key and value in one parameter of another name."""
+    kind, config, *_ = ARCHITECTURES["Gemma 3, images"]
+    vision = config["vision_config"] | {"vision_use_head": True}
+    base = save_model(tmp_path / "base", kind, **config | {"vision_config": vision})
+    adapters = [save_adapter(base, tmp_path / str(i), seed=i, target_modules="all-linear") for i in (1, 2)]
+    result = merge(recipe("tspa_attention", base, adapters), tmp_path / "refused")
+    assert result.exit_code == 1 and not (tmp_path / "refused").exists()
+    assert "Error: vision_tower.head.attention.out_proj.weight: its attention layout is not known" in result.output
+    steps = [{"filter": "vision_tower.head", "value": 0}, {"value": 2}]
+    config = recipe("tspa_attention", base, adapters, parameters={"attention_steps": steps})
+    assert merge(config, tmp_path / "out").exit_code == 0
+    load_whole(tmp_path / "out")
+
+
 @pytest.mark.parametrize("case", ["Gemma 3, images", "Qwen3-MoE", "RoBERTa, classes", "T5"], indirect=True)
 def test_the_stock_command_line_writes_it(case, tmp_path):
     config = recipe("lora_task_arithmetic", case.base, case.adapters, WEIGHTS)
