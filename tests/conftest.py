@@ -1,5 +1,6 @@
 """Tiny models and adapters made by transformers and PEFT at test time, and ways to run the stock commands."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from click.testing import CliRunner
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -35,12 +37,17 @@ def save_llama(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **
     return path
 
 
+def load_model(path: Path, **options):
+    """A model of the class that its configuration names."""
+    (kind,) = json.loads((path / "config.json").read_text())["architectures"]
+    return getattr(transformers, kind).from_pretrained(path, **options)
+
+
 def save_adapter(base: Path, path: Path, seed: int = 1, save_embedding_layers="auto", **config) -> Path:
     """A PEFT adapter with random values of all it trains, large enough to matter beside the base weights."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | config
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | config
+    model = get_peft_model(load_model(base), LoraConfig(**config))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -50,12 +57,12 @@ def save_adapter(base: Path, path: Path, seed: int = 1, save_embedding_layers="a
 
 def peft_merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """The base with one adapter merged by PEFT itself, as a state dict in float32."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = load_model(base, dtype=torch.float32)
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict()
 
 
 def base_tensors(base: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    return load_model(base, dtype=torch.float32).state_dict()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ class BaseModel:
 
     A checkpoint can differ from the model at run time, whose names PEFT and mergekit use: tensors are renamed,
     and the experts of a layer, each with tensors of its own on disk, become one tensor `(experts, d_out, d_in)`.
-    Transformers' conversion table of the model type says how.
+    Transformers' conversion tables of the model's class and type say how.
 
     One expert of a tensor that is fused on disk is called `name[expert]`.
     """
@@ -63,7 +63,7 @@ class BaseModel:
             raise InputError(
                 f"{adapter}: {len(missing)} of {len(found)} adapted tensors match no tensor of {self.name}: {listed} "
                 f"(nearest name there: {self._names.nearest(missing[0])}); was the adapter trained on another base "
-                "model, or does it adapt a bias that the base does not have?"
+                "model, or does it have a bias that the base does not have, or a head (save the base with that one)?"
             )
         owner: dict[str, str] = {}
         for name, tensor in found.items():
@@ -82,6 +82,10 @@ class BaseModel:
         if tensor is None:
             tensor = next((t for t, index in self.find_parts(whole).items() if index == ()), None)
         return tensor and tensor + "".join(expert)
+
+    def has(self, name: str) -> bool:
+        """Whether exactly this is the name of a tensor, on disk or at run time."""
+        return name in self.shapes or name in self._run_time
 
     def shape(self, tensor: str) -> tuple[int, ...]:
         """Of a tensor, or of one expert of a fused one."""
@@ -128,7 +132,9 @@ class BaseModel:
     def _conversions(self) -> list:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        return get_checkpoint_conversion_mapping(self.config.get("model_type")) or []
+        # Some are those of a class, such as the head of GPTNeoXForCausalLM, others those of a kind of model.
+        kinds = (*(self.config.get("architectures") or ()), self.config.get("model_type"))
+        return [conversion for kind in kinds for conversion in get_checkpoint_conversion_mapping(kind) or ()]
 
     def _at_run_time(self, tensor: str) -> tuple[str, Index]:
         """The tensor's name at run time, or that of the fused tensor it is a part of, and which part."""

@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.plan import MergePlanner
 from pydantic import ConfigDict, ValidationError
 
-from mergekit_tspa.adapters import Checkpoint
+from mergekit_tspa.adapters import BaseModel, Checkpoint
 from mergekit_tspa.adapters.extract import StoredTensor
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
@@ -78,8 +78,9 @@ def make_planner(config: MergeConfiguration, options: MergeOptions) -> MergePlan
 
 
 def _module_name(plan: WeightPlan) -> str:
-    """The module as PEFT finds it in the whole model: the longest of its names in the adapters and the base."""
-    return max((*(module for _, module in plan.sources), plan.name.removesuffix(".weight")), key=len)
+    """The module as PEFT finds it in the whole model: as adapters name it, or with what some of them leave out."""
+    name, whole = max((module for _, module in plan.sources), key=len), plan.name.removesuffix(".weight")
+    return whole if whole.endswith(f".{name}") else name
 
 
 def adapter_task(planner: MergePlanner, directory: Path, source: str | None = None) -> SaveAdapter:
@@ -96,17 +97,18 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
     applied = {name: task for name, task in applied.items() if not _unchanged(task)}
     if not applied:
         raise InputError("the merge changes no weight, so there is no adapter to write")
-    shapes = Checkpoint(LoaderCache().get(config.base_model).index.base_path).shapes()
+    model = config.base_model.config(planner.options.trust_remote_code)
+    checkpoint = Checkpoint(LoaderCache().get(config.base_model).index.base_path)
+    base = BaseModel.of(str(config.base_model), checkpoint, model.to_dict())
     planned = [getattr(task, "base", task).tensor for _, task in planner._tensors]
-    if missing := _layers(shapes) - _layers(planned):
+    if missing := _layers(base.shapes) - _layers(base.find(tensor) or tensor for tensor in planned):
         raise InputError(f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model")
     for name, task in applied.items():
-        if len(shapes.get(task.base.tensor, ())) > 2 and not task.parts[0].index:
+        if len(base.shapes.get(base.find(task.base.tensor), ())) > 2 and not task.parts[0].index:
             raise InputError(f"{name}: it is a convolution, for which no adapter is written")
         if reason := _not_low_rank(config.merge_method, name, task):
             raise InputError(f"{name}: {reason}, so the merge cannot be written as an adapter")
     parts = [task.parts[0] for task in applied.values()]
-    model = config.base_model.config(planner.options.trust_remote_code)
     architecture = (getattr(model, "architectures", None) or [""])[0]
     causal = "CAUSAL_LM" if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) else None
     file = AdapterFile(

@@ -62,10 +62,11 @@ def _complete_recipes(merge) -> None:
         if not _ours(config.merge_method):
             _refuse_misspelt(config.merge_method)
             return original(config, options)
+        from mergekit_tspa.graph.architecture import fit_architecture
         from mergekit_tspa.graph.recipe import complete, complete_modules
 
         complete(config, options)
-        architecture = original(config, options)
+        architecture = fit_architecture(original, config, options)
         complete_modules(config, architecture)
         return architecture
 

@@ -46,19 +46,10 @@ def complete(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def complete_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
-    """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not write them.
-
-    Raises:
-        InputError: a module that the architecture does not have, or slices where there are several.
-    """
-    known = architecture.modules
-    if config.slices and len(known) > 1:
-        raise InputError(f"{config.base_model} has the modules {', '.join(known)}; write `modules:` and slices in them")
-    if config.modules is None:
-        return
-    if unknown := config.modules.keys() - known:
-        raise InputError(f"{config.base_model} has no module {min(unknown)!r}; its modules are {', '.join(known)}")
-    for name in known.keys() - config.modules.keys():
+    """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not write them."""
+    for name in architecture.modules if config.modules else ():
+        if name in config.modules:
+            continue
         LOG.info("module %s is not in the recipe: it is the base's", name)
         config.modules[name] = OutputModuleDefinition(models=[InputModelDefinition(model=config.base_model)])
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     OPTConfig,
@@ -40,6 +42,9 @@ def make(architecture, path, gpt2):
         return save_llama(path), 4, 2, 16, ["q_proj", "k_proj", "v_proj", "o_proj"]
     if architecture == "gpt2":
         return gpt2, 4, 4, 8, ["c_attn", "attn.c_proj"]
+    if architecture == "bert":
+        config = BertConfig(**SMALL, intermediate_size=48)
+        return save(BertModel(config), path), 4, 4, 8, ["query", "key", "value", "attention.output.dense"]
     if architecture == "opt":
         config = OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)
         return save(OPTForCausalLM(config), path), 4, 4, 8, ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -63,10 +68,13 @@ def roles(tensors, layer, n, n_kv, d):
         find("qkv_proj.weight", "query_key_value.weight", "c_attn.weight"),
         find("query_key_value.bias", "c_attn.bias"),
     )
-    out = find("o_proj.weight", "out_proj.weight", "attention.dense.weight", "attn.c_proj.weight")
+    out = find(
+        "o_proj.weight", "out_proj.weight", "attention.dense.weight", "attn.c_proj.weight", "output.dense.weight"
+    )
     if fused is None:
-        weights = [find(f"{r}_proj.weight") for r in "qkv"]
-        biases = [find(f"{r}_proj.bias") for r in "qkv"]
+        names = [(f"{r[0]}_proj", f"self.{r}") for r in ("query", "key", "value")]
+        weights = [find(*(f"{name}.weight" for name in pair)) for pair in names]
+        biases = [find(*(f"{name}.bias" for name in pair)) for pair in names]
     else:
         if any("c_attn" in k for k in part):
             fused, out = fused.T, out.T
@@ -100,7 +108,7 @@ def apply(base, updates):
     return base | {f"{m}.weight": u.apply_to(base[f"{m}.weight"].double()) for m, u in updates.items()}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt2", "neox", "phi3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt2", "neox", "phi3", "bert"])
 @pytest.mark.parametrize("modules", ["all", "first"])
 def test_reported_objective_is_the_distance_of_the_written_model(architecture, modules, gpt2, tmp_path):
     """The merged model is index 0 of Eq. 6-7, so its dense distance to the mean of the adapters is the reported end.
@@ -109,10 +117,10 @@ def test_reported_objective_is_the_distance_of_the_written_model(architecture, m
     """
     path, n, n_kv, d, targets = make(architecture, tmp_path / "base", gpt2)
     targets = targets if modules == "all" else targets[:1]
-    conv = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
+    options = {"gpt2": {"fan_in_fan_out": True}, "bert": {"task_type": None}}.get(architecture, {})
     adapters = [
         save_adapter(
-            path, tmp_path / f"a{i}", seed=i, r=r, target_modules=targets[i % 2 * (len(targets) > 2) :], **conv
+            path, tmp_path / f"a{i}", seed=i, r=r, target_modules=targets[i % 2 * (len(targets) > 2) :], **options
         )
         for i, r in enumerate((3, 2, 4))
     ]
