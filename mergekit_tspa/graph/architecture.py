@@ -31,10 +31,15 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
         find: mergekit's own way
 
     Raises:
-        InputError: the base is no model of one class, it lacks tensors that transformers needs too, or the recipe does
-            not go by its modules.
+        InputError: there is no base, or it is no model of one class, it lacks tensors that transformers needs too, or
+            the recipe does not go by its modules.
     """
-    reference, model_config = config.base_model, config.base_model.config(options.trust_remote_code)
+    reference = config.base_model
+    try:
+        model_config = reference.config(options.trust_remote_code)
+    except Exception as error:  # not there, not reachable, damaged, unknown: transformers has many words for it
+        what = str(error).strip().splitlines()[0]
+        raise InputError(f"{reference}: no model, here or on the hub, whose config.json can be read: {what}") from error
     if len(model_config.architectures or ()) != 1:
         raise InputError(f"{reference}: its config.json does not name the class of the model; complete architectures")
     known = find(config, options)

@@ -228,6 +228,8 @@ def bad_recipes(llama, adapters, folder):
         "shared parameter on a model": (misplaced, "move it"),
         "out of range": (recipe("tspa_lora", llama, [one], parameters={"lora_lr": -1}), "lora_lr: -1"),
         "negative weight": (recipe("tspa_lora", llama, [one, two], [1, -1]), "at least 0"),
+        "no base": (recipe("lora_task_arithmetic", folder / "none", [one]), "no model, here or on the hub"),
+        "no config": (recipe("lora_task_arithmetic", one, [one, two]), "no model, here or on the hub"),
         "module": (modules, "has no vision; it has default"),
         "base with adapter": (good(base_model={"model": str(llama), "lora": str(one)}), "adapter of its own"),
     }
