@@ -135,7 +135,8 @@ def test_modules(inner, llama, three, tmp_path):
     check(merged_tensors(config, tmp_path / "out"), expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
 
 
-def test_several_devices(llama, three, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--low-cpu-memory", "--read-to-gpu"]], ids=" ".join)
+def test_several_devices(options, llama, three, tmp_path, monkeypatch):
     """mergekit's multi-GPU executor with two CPU devices and real threads; islands stay independent."""
     from mergekit import common, multigpu_executor
 
@@ -154,7 +155,7 @@ def test_several_devices(llama, three, tmp_path, monkeypatch):
 
     device_of = tasks._device
     monkeypatch.setattr(tasks, "_device", lambda device: used.add(device_of(device)) or device_of(device))
-    got = merged_tensors(recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out", "--multi-gpu")
+    got = merged_tensors(recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out", "--multi-gpu", *options)
     check(got, expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
     assert used == {torch.device("cpu:0"), torch.device("cpu:1")}
 
