@@ -47,10 +47,10 @@ def main():
 
 
 @main.command()
-@click.argument("name", required=False)
-@click.option("--markdown", is_flag=True, help="As the README has it.")
-def methods(name: str | None, markdown: bool):
-    """Print the table of methods, or all about the one called NAME."""
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--markdown", is_flag=True, help="As README and docs have it.")
+def methods(names: tuple[str, ...], markdown: bool):
+    """Print the table of methods, or all about those called NAME."""
     from rich.console import Console
     from rich.markdown import Markdown
     from rich.table import Table
@@ -58,11 +58,12 @@ def methods(name: str | None, markdown: bool):
     from mergekit_tspa.methods import table
 
     if markdown:
-        click.echo(table.markdown())
+        click.echo(table.parameter_table(names) if names else table.markdown())
         return
     console = Console()
-    if name is not None:
+    for name in names:
         console.print(Markdown(table.about(name)))
+    if names:
         return
     for section in table.sections():
         drawn = Table(title=section.title, show_lines=True, title_justify="left")

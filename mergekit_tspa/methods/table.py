@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
@@ -12,6 +13,7 @@ from mergekit_tspa.methods.base import Method, OneByOneParameters, Parameters
 from mergekit_tspa.methods.rules import RULES
 from mergekit_tspa.methods.space_rule import FACTOR_RULES, SPACES
 
+_COMMON = {(field.description, field.default) for field in OneByOneParameters.model_fields.values()}
 _RANKS = {"parameter rank": "`rank`", "dense": "full (dense)"}
 
 
@@ -113,6 +115,27 @@ def about(name: str) -> str:
     return "\n".join(lines)
 
 
+def parameter_table(names: Sequence[str]) -> str:
+    """The own parameters of methods, as a Markdown table; what several mean alike is one row.
+
+    Raises:
+        InputError: there is no method of such a name.
+    """
+    methods: dict[tuple[str, str, str], list[str]] = {}
+    for name in names:
+        for parameter, field in find(name).parameter_fields().items():
+            if (field.description, field.default) not in _COMMON:
+                methods.setdefault((parameter, describe(field), field.description), []).append(f"`{name}`")
+    rows = [
+        (f"`{parameter}`", default, meaning, "all" if len(of) == len(names) > 1 else ", ".join(of))
+        for (parameter, default, meaning), of in methods.items()
+    ]
+    columns = ("parameter", "default and range", "meaning", "of")
+    if len(names) == 1:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return "\n".join([_line(columns), "|" + "---|" * len(columns), *map(_line, rows)])
+
+
 def describe(field: FieldInfo) -> str:
     """Default and range of a parameter, such as `0.2 in (0, 1]`."""
     text = "none" if field.default is None else str(field.default).lower()
@@ -144,8 +167,7 @@ def _needs(method: Method) -> str:
 
 def _parameters(parameters: type[Parameters]) -> str:
     """Names with defaults and ranges, without those that every method has in the same sense."""
-    common = {(field.description, field.default) for field in OneByOneParameters.model_fields.values()}
-    fields = {n: f for n, f in parameters.model_fields.items() if (f.description, f.default) not in common}
+    fields = {n: f for n, f in parameters.model_fields.items() if (f.description, f.default) not in _COMMON}
     return ", ".join(f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()) or "-"
 
 

@@ -55,7 +55,7 @@ class AttentionParameters(PairParameters):
 class TspaParameters(AttentionParameters, LoraParameters):
     # Eq. 9 can be read either way; comparing with the original adapters gave lower losses on all adapter sets tried.
     lora_target: Literal["aligned", "original"] = Field(
-        "original", description="stage 2 compares with the adapters after stage 1, or as they came"
+        "original", description="what stage 2 compares with: the adapters as they came, or after stage 1"
     )
 
 
