@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := build/models/SmolLM2-135M-Instruct
 MERGED := build/demo/tspa_lora
 
-.PHONY: demo test lint clean
+.PHONY: demo test wheel lint clean
 
 demo: $(MERGED)/mergekit_config.yml
 	$(BIN)/python examples/answers.py $(MODEL) $(MERGED)
@@ -25,6 +25,19 @@ $(MODEL)/config.json: | .venv/ready
 # mergekit writes mergekit_config.yml after the weights, so its presence means a finished merge.
 $(MERGED)/mergekit_config.yml: yaml_examples/tspa_lora.yml $(MODEL)/config.json | .venv/ready
 	$(BIN)/mergekit-yaml yaml_examples/tspa_lora.yml $(MERGED)
+
+# The package as users get it: built, installed into an environment of its own, and used.
+WHEEL := build/wheel
+wheel: .venv/ready $(MODEL)/config.json
+	rm -rf $(WHEEL)
+	$(BIN)/python -m build --no-isolation --outdir $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/pip install -q -c constraints.txt "$$(ls $(WHEEL)/*.whl)"
+	$(WHEEL)/venv/bin/mergekit-tspa check yaml_examples/core_tsv.yml
+	$(WHEEL)/venv/bin/mergekit-yaml yaml_examples/core_tsv.yml $(WHEEL)/model --quiet
+	$(WHEEL)/venv/bin/mergekit-tspa adapter yaml_examples/core_tsv.yml $(WHEEL)/adapter --quiet
+	$(WHEEL)/venv/bin/mergekit-tspa inspect yaml_examples/core_tsv.yml --out $(WHEEL)/report
+	ls $(WHEEL)/model/config.json $(WHEEL)/adapter/adapter_config.json $(WHEEL)/report/*.html
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
