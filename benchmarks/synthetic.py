@@ -27,19 +27,23 @@ def linear_shapes(
     }
 
 
-def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: int = 2**29, **shape) -> Path:
-    """A bf16 Llama checkpoint with random weights."""
-    if (path / "config.json").exists():
-        return path
-    path.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+def _tensor_shapes(layers: int, vocabulary: int, **shape) -> dict[str, tuple[int, ...]]:
     shapes = {"model.embed_tokens.weight": (vocabulary, shape["hidden"])}
     for i in range(layers):
         shapes |= {f"model.layers.{i}.{m}.weight": s for m, s in linear_shapes(**shape).items()}
         norms = ("input_layernorm", "post_attention_layernorm")
         shapes |= {f"model.layers.{i}.{norm}.weight": (shape["hidden"],) for norm in norms}
     shapes |= {"model.norm.weight": (shape["hidden"],), "lm_head.weight": (vocabulary, shape["hidden"])}
+    return shapes
 
+
+def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: int = 2**29, **shape) -> Path:
+    """A bf16 Llama checkpoint with random weights."""
+    if (path / "config.json").exists():
+        return path
+    path.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = _tensor_shapes(layers, vocabulary, **shape)
     index, shard, size = {}, {}, 0
 
     def flush():
@@ -63,12 +67,7 @@ def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: i
 
 def write_sparse_llama(path: Path, layers: int, vocabulary: int = 128256, **shape) -> Path:
     """The same checkpoint in one file whose header is real and whose weights are a hole: it takes no disk."""
-    shapes = {"model.embed_tokens.weight": (vocabulary, shape["hidden"])}
-    for i in range(layers):
-        shapes |= {f"model.layers.{i}.{m}.weight": s for m, s in linear_shapes(**shape).items()}
-        norms = ("input_layernorm", "post_attention_layernorm")
-        shapes |= {f"model.layers.{i}.{norm}.weight": (shape["hidden"],) for norm in norms}
-    shapes |= {"model.norm.weight": (shape["hidden"],), "lm_head.weight": (vocabulary, shape["hidden"])}
+    shapes = _tensor_shapes(layers, vocabulary, **shape)
     header, end = {}, 0
     for name, dims in shapes.items():
         start, end = end, end + 2 * prod(dims)
