@@ -24,6 +24,7 @@ from mergekit_tspa.methods import METHODS, MergedUpdate, Report
 from mergekit_tspa.methods.attention import Pair, PairPlan, load_side, plan_pairs
 from mergekit_tspa.methods.base import (
     Method,
+    Parameters,
     Progress,
     WeightPlan,
     check_plans,
@@ -100,17 +101,8 @@ def merge_adapters(
 
     model = None if base is None else BaseModel.of("the base", base)
     extraction = row.extraction(parameters)
-    loaded, touched = zip(*(_load(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters)))
-    plans = []
-    names = (name for adapter, modules in zip(loaded, touched) for name in (*modules, *adapter.changes))
-    for weight in dict.fromkeys(names):
-        sources = [(a, modules[weight], w) for a, modules, w in zip(loaded, touched, weights) if weight in modules]
-        changes = [(a, a.changes[weight], w) for a, w in zip(loaded, weights) if weight in a.changes]
-        sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
-        if len(set(sizes.values())) > 1:
-            raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
-        if (plan := plan_weight(row, weight, sources, bound, changes)) is not None:
-            plans.append(plan)
+    loaded, touched = zip(*(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters)))
+    plans = plan_adapters(row, bound, loaded, touched, weights)
     low_rank = [plan for plan in plans if plan.sources]
     check_plans(row, low_rank)
     pairs = [
@@ -127,7 +119,35 @@ def merge_adapters(
     return merged
 
 
-def _load(
+def plan_adapters(
+    method: Method,
+    parameters: Parameters,
+    adapters: Sequence[Adapter],
+    touched: Sequence[Mapping[str, str]],
+    weights: Sequence[float],
+) -> list[WeightPlan]:
+    """What a method merges, weight by weight.
+
+    Args:
+        touched: per adapter `{tensor: module that updates it}`
+
+    Raises:
+        InputError: updates of one weight have different shapes, or `weights` are out of the method's range.
+    """
+    plans = []
+    names = (name for adapter, modules in zip(adapters, touched) for name in (*modules, *adapter.changes))
+    for weight in dict.fromkeys(names):
+        sources = [(a, modules[weight], w) for a, modules, w in zip(adapters, touched, weights) if weight in modules]
+        changes = [(a, a.changes[weight], w) for a, w in zip(adapters, weights) if weight in a.changes]
+        sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
+        if len(set(sizes.values())) > 1:
+            raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
+        if (plan := plan_weight(method, weight, sources, parameters, changes)) is not None:
+            plans.append(plan)
+    return plans
+
+
+def load_adapter(
     given: AdapterLike, name: str, base: BaseModel | None, extraction: Extraction
 ) -> tuple[Adapter, Mapping[str, str]]:
     """The adapter, and `{tensor: module that updates it}`, matched to the base if there is one."""

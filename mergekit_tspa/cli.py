@@ -12,6 +12,7 @@ _LAZY = {  # command: its module, and what it does
     "yaml": ("mergekit.scripts.run_yaml", "mergekit-yaml with these methods loaded"),
     "multi": ("mergekit.scripts.multimerge", "mergekit-multi with these methods loaded"),
     "adapter": ("mergekit_tspa.graph.adapter", "Merge to one PEFT adapter, without reading or writing a model."),
+    "inspect": ("mergekit_tspa.graph.inspect", "What adapters are, how they agree and fight, and what a merge keeps."),
     "check": ("mergekit_tspa.graph.check", "Say what a merge would do, and all that is wrong with its recipe."),
 }
 

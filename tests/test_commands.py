@@ -101,7 +101,7 @@ def test_misspelt_method(llama, adapters, tmp_path):
 
 def test_own_commands():
     help_text = run("mergekit-tspa", "--help").stdout
-    for command in ("yaml", "multi", "adapter", "check", "methods", "emr-task"):
+    for command in ("yaml", "multi", "adapter", "check", "inspect", "methods", "emr-task"):
         assert command in help_text
     table = run("mergekit-tspa", "methods", COLUMNS="250").stdout
     from mergekit_tspa import METHODS

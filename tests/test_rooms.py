@@ -13,6 +13,7 @@ ALLOWED = {  # room -> rooms of this package it may import
     "spaces": {"spaces", "adapters", "errors", "numerics"},
     "rules": {"rules", "errors", "numerics"},
     "methods": {"methods", "adapters", "alignment", "spaces", "rules", "errors", "numerics"},
+    "inspect": {"inspect", "adapters", "methods", "errors", "numerics"},
 }
 
 
@@ -43,6 +44,15 @@ def test_alignment_needs_only_torch_and_geoopt():
     for file in (PACKAGE / "alignment").glob("*.py"):
         outside = {name.split(".")[0] for name in imports(file)} - {"mergekit_tspa"}
         assert outside <= {"torch", "geoopt", "math", "typing", "collections"}, file
+
+
+def test_measures_need_only_torch():
+    found = imports(PACKAGE / "inspect" / "measures.py")
+    assert {name for name in found if name.startswith("mergekit_tspa")} <= {
+        "mergekit_tspa.adapters",
+        "mergekit_tspa.numerics",
+    }
+    assert {name.split(".")[0] for name in found} - {"mergekit_tspa"} <= {"torch", "math", "typing", "collections"}
 
 
 def test_entry_needs_only_the_standard_library():

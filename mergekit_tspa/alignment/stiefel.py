@@ -27,6 +27,7 @@ class Solution(NamedTuple):
     end: Tensor  # (problems,) the objective at `point`; never above `start`
     orthogonality: Tensor  # (problems,) largest entry of |V V^T - I|
     steps: Tensor  # (problems,) steps taken
+    cosine: Tensor  # (problems, ...) mean cosine of the angles by which `point` is turned from the start
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def minimise(
     hears the fraction done and the mean normalised loss; ``first`` is the number of the first problem, for the
     message of a FloatingPointError.
     """
-    point = point.clone(memory_format=torch.contiguous_format)
+    unturned, point = point, point.clone(memory_format=torch.contiguous_format)
     advance = {"amsgrad": _amsgrad, "geoopt": _geoopt}[solver](point, log_s, lr)
     for step in range(steps + 1):
         loss, d_point, d_log_s = objective(point, log_s)
@@ -89,7 +90,8 @@ def minimise(
     if on_progress:
         on_progress(1.0, checked.item() / len(end))
     taken = torch.full_like(start, step, dtype=torch.long)
-    return Solution(best_point, best_log_s, start.clamp(min=0), end.clamp(min=0), error, taken)
+    cosine = (unturned * best_point).sum((-2, -1)) / point.shape[-2]
+    return Solution(best_point, best_log_s, start.clamp(min=0), end.clamp(min=0), error, taken, cosine)
 
 
 def retract(X: Tensor, out: Tensor | None = None) -> Tensor:

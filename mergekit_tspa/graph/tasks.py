@@ -128,7 +128,7 @@ class MergeChunk(Task[list[tuple[torch.Tensor, ...]]], frozen=True):
     def execute(self, survey: dict | None = None, **grams: tuple[torch.Tensor, ...]) -> list[tuple[torch.Tensor, ...]]:
         sides = [SideGrams(*grams[str(i)]) for i in range(len(self.sides))]
         pairs = [Pair(*parts) for parts in zip(self.chunk.pairs, sides[::2], sides[1::2])]
-        with torch.no_grad(), _Bar(self.quiet) as bar:
+        with torch.no_grad(), Bar(self.quiet) as bar:
             updates, reports = merge_weights(
                 self.chunk.method, self.chunk.plans, pairs, _device(self.device), bar.update, survey
             )
@@ -268,7 +268,7 @@ def _device(device: str | None) -> torch.device:
     return torch.device(device) if device else torch.get_default_device()
 
 
-class _Bar:
+class Bar:
     """A progress bar per stage, beside mergekit's own that counts tasks."""
 
     def __init__(self, quiet: bool):
@@ -276,10 +276,10 @@ class _Bar:
         self.stage: str | None = None
         self.bar: Any = None
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         return self
 
-    def update(self, stage: str, done: float, left: float | None) -> None:
+    def update(self, stage: str, done: float, left: float | None = None) -> None:
         if stage != self.stage:
             self.__exit__()
             self.stage = stage

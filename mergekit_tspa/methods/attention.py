@@ -247,7 +247,7 @@ def align_pairs(
                 f"{culprit.name}: the loss of attention alignment is not finite; "
                 f"adapters {', '.join(a.name for a in culprit.adapters)}"
             ) from error
-        reports.append(Report.of(what, names, solution))
+        reports.append(Report.of(what, names, [pair.plan.adapters for pair in batch], solution, axis=2))
         for pair, X, Y in zip(batch, inner_x, inner_y):
             _write_back(pair.plan, pair.plan.x, X, aligned)
             _write_back(pair.plan, pair.plan.y, Y, aligned)

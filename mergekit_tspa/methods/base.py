@@ -79,9 +79,20 @@ class Report(NamedTuple):
     end: torch.Tensor  # (problems,)
     orthogonality: float  # largest entry of |R^T R - I|
     steps: int
+    adapters: Sequence[Sequence[Adapter]]  # of each problem
+    angles: Sequence[torch.Tensor]  # (n,) of each: degrees, arccos of the mean cosine by which R_t turns
+    scales: Sequence[torch.Tensor]  # (n,) of each: s_t
 
     @classmethod
-    def of(cls, stage: str, names: Sequence[str], solution: Solution) -> "Report":
+    def of(
+        cls, stage: str, names: Sequence[str], adapters: Sequence[Sequence[Adapter]], solution: Solution, axis: int
+    ) -> "Report":
+        """
+        Args:
+            axis: of the adapters in the solution's point
+        """
+        others = [i for i in range(1, solution.cosine.ndim) if i != axis]
+        cosine = solution.cosine.mean(others) if others else solution.cosine
         return cls(
             stage,
             names,
@@ -89,14 +100,17 @@ class Report(NamedTuple):
             solution.end.cpu(),
             solution.orthogonality.max().item(),
             int(solution.steps.max()),
+            adapters,
+            [*cosine.clamp(-1, 1).acos().rad2deg().cpu()],
+            [*solution.log_s.exp().cpu()],
         )
 
     @classmethod
     def joined(cls, reports: Sequence["Report"]) -> "Report":
         """What was done to all batches of one stage."""
-        stage, names, start, end, orthogonality, steps = zip(*reports)
-        names = [*itertools.chain.from_iterable(names)]
-        return cls(stage[0], names, torch.cat(start), torch.cat(end), max(orthogonality), max(steps))
+        stage, names, start, end, orthogonality, steps, *of_each = zip(*reports)
+        names, *of_each = ([*itertools.chain.from_iterable(lists)] for lists in (names, *of_each))
+        return cls(stage[0], names, torch.cat(start), torch.cat(end), max(orthogonality), max(steps), *of_each)
 
     def __str__(self) -> str:
         return (

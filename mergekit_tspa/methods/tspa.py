@@ -124,7 +124,7 @@ def align_weights(
                 f"{culprit.name}: the loss of LoRA alignment is not finite; "
                 f"adapters {', '.join(adapter.name for adapter in culprit.adapters)}"
             ) from error
-        reports.append(Report.of("LoRA alignment", names, solution))
+        reports.append(Report.of("LoRA alignment", names, [inputs[i].adapters for i in batch], solution, axis=1))
         for i, (B, A), a, R_i, s_i in zip(batch, stacked, weights, R, s):
             merged[i] = LowRank(*sum_aligned(B, A, a, R_i, s_i).scaled(inputs[i].parameters.lambda_))
     return [merged[i] for i in range(len(inputs))], reports
