@@ -11,7 +11,7 @@ demo: $(MERGED)/mergekit_config.yml
 
 test: .venv/ready $(MODEL)/config.json
 	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n logical
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

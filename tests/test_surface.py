@@ -89,6 +89,14 @@ def test_options(options, untied, two, tmp_path):
     assert ("tokenizer.json" in files) == ("--no-copy-tokenizer" not in options)
 
 
+@pytest.mark.parametrize("options", [[], ["--lazy-unpickle"]], ids=["pickle", "lazy"])
+def test_base_in_pickles(options, untied, two, tmp_path):
+    base = shutil.copytree(untied, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(untied / "model.safetensors"), base / "pytorch_model.bin")
+    out = command(tmp_path, recipe("lora_task_arithmetic", base, two, WEIGHTS), *options)
+    check(tensors(out), target(untied, two))
+
+
 def test_quiet_says_nothing(untied, two, tmp_path):
     file = write_recipe(tmp_path / "r.yml", recipe("tspa", untied, two, parameters={"lora_steps": 5}))
     result = run("mergekit-yaml", file, tmp_path / "out", "--quiet")
