@@ -170,6 +170,8 @@ def test_gradients_filters_and_slices(untied, two, tmp_path):
     want |= {name.replace("layers.1.", "layers.2."): W for name, W in alone.items() if "layers.1." in name}
     check(got, want)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"| {two[0]} | 0 to 2 |" in card and f"| {two[1]} | 0 to 1 |" in card
 
 
 def test_vision_language_model(tmp_path):
