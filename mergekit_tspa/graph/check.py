@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import click
+import torch
 import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -25,7 +26,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.plan import MergePlanner
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mergekit_tspa.adapters import (
     Adapter,
@@ -44,6 +45,7 @@ from mergekit_tspa.graph.method import ADAPTER
 from mergekit_tspa.graph.recipe import faults, sources
 from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.graph.tasks import ApplyUpdates
+from mergekit_tspa.inspect.inspection import short_names
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.base import WeightPlan
 from mergekit_tspa.methods.emr import DESCRIPTION, RECORDS
@@ -116,7 +118,6 @@ class ReadAdapter(NamedTuple):
         changes = f"; {len(self.adapter.changes)} tensors {apart}" if self.adapter.changes else ""
         norm = "needs the base" if self.norm is None else f"{self.norm:.4g}"
         return [
-            self.adapter.name,
             self.kind,
             " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else "-",
             f"{len(modules)}: {' '.join(sorted(layers))}{changes}",
@@ -250,10 +251,12 @@ class Report:
         console.print(f"{self.config.merge_method} on {self.config.base_model}", soft_wrap=True)
         weights = weight_ranges(self.output.plans) if self.output else {}
         norms = [adapter.norm for adapter in self.adapters if adapter.norm]
-        table = Table("adapter", "kind", "rank", "modules", "dtype", "norm (of the median)", "weight", show_lines=True)
-        for adapter in self.adapters:
+        names = short_names([adapter.adapter.name for adapter in self.adapters])
+        columns = ("kind", "rank", "modules", "dtype", "norm (of the median)", "weight")
+        table = Table(Column("adapter", overflow="fold"), *columns, show_lines=True)
+        for name, adapter in zip(names, self.adapters):
             row = adapter.row(weights.get(adapter.adapter.name, "-"), statistics.median(norms) if norms else 0)
-            table.add_row(*row)
+            table.add_row(name, *row)
         if self.adapters:
             console.print(table)
         for label, text in self.output.rows(self.adapters) if self.output else ():
@@ -366,6 +369,7 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
 
     Takes the options of the merge itself.  Exits with 0 only if the merge would start.
     """
+    torch.set_num_threads(merge_options.num_threads or 1)  # thousands of small products: threads would only wait
     console = Console(markup=False, highlight=False)
     documents = _documents(config_file)
     names = [document.pop("name", None) for document in documents]

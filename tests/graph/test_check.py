@@ -72,7 +72,7 @@ def test_full_models(llama, adapters, tmp_path, monkeypatch):
         result = check(config, tmp_path)
     assert result.exit_code == 0 and not result.stderr
     row = next([c.strip() for c in x.split("│")[1:-1]] for x in result.stdout.splitlines() if "full model" in x)
-    assert row[:3] == [str(full), "full model", "5"] and row[5:] == ["needs the base", "1"]
+    assert row[:3] == ["full", "full model", "5"] and row[5:] == ["needs the base", "1"]
     merged_tensors(config, tmp_path / "out")
     written = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert number(r"adapter_model.safetensors, rank (\d+) at most", result.stdout) == written["r"]
@@ -111,7 +111,7 @@ def test_what_is_said_of_adapters(llama, adapters, tmp_path):
     dora = save_adapter(llama, tmp_path / "dora", use_dora=True)
     result = check(recipe("core_tsv", llama, [*adapters, dora], [1, 0.5, [0.25, 0.75], 2]), tmp_path)
     rows = [[cell.strip() for cell in x.split("│")[1:-1]] for x in result.stdout.splitlines() if x.startswith("│")]
-    assert [row[0] for row in rows] == [str(a) for a in (*adapters, dora)]
+    assert [row[0] for row in rows] == ["one", "two", "three", "dora"]
     assert [row[1] for row in rows] == ["LoRA", "LoRA", "rsLoRA", "DoRA"]
     assert [row[2] for row in rows] == ["4", "2", "6", "4"]
     assert rows[1][3] == "4: q_proj up_proj" and rows[0][4] == "float32"
@@ -151,7 +151,7 @@ def test_every_problem_is_named(llama, adapters, tmp_path):
     for sentence in named:
         assert sum(sentence in line for line in found) == 1, sentence
     assert len(found) == len(named)
-    assert str(adapters[0]) in result.stdout and "model:" not in result.stdout
+    assert "one" in result.stdout and "model:" not in result.stdout
 
 
 def test_problems_of_the_plan(llama, adapters, tmp_path):
