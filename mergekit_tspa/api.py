@@ -93,6 +93,9 @@ def merge_adapters(
     device = torch.device(device or "cpu")  # not torch's default device, where the adapters need not be
     if not adapters or len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight per adapter")
+    paths = [os.path.realpath(adapter) for adapter in adapters if not isinstance(adapter, Mapping)]
+    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise InputError(f"{twice[0]}: given twice; give it once with the summed weight")
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 import torch
-import yaml
 from mergekit import merge
 from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
@@ -17,7 +16,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from mergekit.plan import MergePlanner
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from mergekit_tspa.adapters import BaseModel, Checkpoint
 from mergekit_tspa.adapters.extract import StoredTensor
@@ -26,7 +25,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.card import adapter_card
 from mergekit_tspa.graph.output import held, refuse_inputs
 from mergekit_tspa.graph.plan import log_tasks
-from mergekit_tspa.graph.recipe import span
+from mergekit_tspa.graph.recipe import read_recipe, span
 from mergekit_tspa.graph.tasks import ApplyUpdates, TakeUpdate
 from mergekit_tspa.methods import METHODS, LowRank
 from mergekit_tspa.methods.base import WeightPlan
@@ -93,6 +92,8 @@ def adapter_task(planner: MergePlanner, directory: Path, source: str | None = No
         InputError: something in the merge is no low-rank update of a base weight.
     """
     config = planner.config
+    if config.tokenizer or config.tokenizer_source:
+        raise InputError("an adapter has no tokenizer of its own; leave the tokenizer options out")
     applied = {weight.name: task for weight, task in planner._tensors if isinstance(task, ApplyUpdates)}
     applied = {name: task for name, task in applied.items() if not _unchanged(task)}
     if not applied:
@@ -169,15 +170,7 @@ def weight_ranges(plans: Iterable[WeightPlan]) -> dict[str, str]:
 def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
     """Merge to one PEFT adapter: the recipe of a full merge, without reading or writing a model."""
     merge_options.apply_global_options()
-    source = config_file.read_text(encoding="utf-8")
-    try:
-        config = MergeConfiguration.model_validate(yaml.safe_load(source))
-    except (yaml.YAMLError, ValidationError, RuntimeError) as error:
-        raise InputError(f"{config_file}: no recipe that mergekit can read: {error}") from error
-    if config.tokenizer or config.tokenizer_source:
-        raise InputError(f"{config_file}: an adapter has no tokenizer of its own; leave the tokenizer options out")
-    if config.merge_method not in METHODS:
-        raise InputError(f"{config.merge_method}: not a method on adapters; see `mergekit-tspa methods`")
+    config, source = read_recipe(config_file)
     if (out_path / "config.json").exists():
         raise InputError(
             f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "

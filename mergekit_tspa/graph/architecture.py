@@ -11,6 +11,7 @@ from mergekit.architecture.json_definitions import JsonLayerTemplates, JsonModul
 from mergekit.common import get_auto_cls
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
 
 from mergekit_tspa.adapters import BaseModel, Checkpoint
 from mergekit_tspa.errors import InputError
@@ -69,7 +70,26 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
         raise InputError(
             f"slices: {reference} has several stacks of layers; give modules:, each with its slices: {there}"
         )
+    _check_layers(config, known, model_config)
     return known
+
+
+def _check_layers(config: MergeConfiguration, known: ModelArchitecture, model_config: PretrainedConfig) -> None:
+    """
+    Raises:
+        InputError: a slice takes layers that the base does not have.
+    """
+    (first, *_) = known.modules
+    slices = {first: config.slices or ()}
+    slices |= {name: module.slices or () for name, module in (config.modules or {}).items()}
+    for name, parts in slices.items():
+        count = known.modules[name].architecture.num_layers(model_config) if parts else 0
+        for source in (source for part in parts for source in part.sources):
+            start, end = source.layer_range
+            if not 0 <= start < end <= count:
+                raise InputError(
+                    f"layer_range [{start}, {end}] of {source.model}: {config.base_model} has {count} layers"
+                )
 
 
 def _misfits(weights: Collection[WeightInfo], base: BaseModel, model_type: str) -> Iterator[str]:

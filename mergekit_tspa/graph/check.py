@@ -42,7 +42,7 @@ from mergekit_tspa.adapters import (
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.adapter import adapter_task, make_planner, weight_ranges
 from mergekit_tspa.graph.method import ADAPTER
-from mergekit_tspa.graph.recipe import faults, sources
+from mergekit_tspa.graph.recipe import faults, sources, unknown_keys
 from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.graph.tasks import ApplyUpdates
 from mergekit_tspa.inspect.inspection import short_names
@@ -380,6 +380,7 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
         config = _attempt(found, config_file, lambda: MergeConfiguration.model_validate(document))  # noqa: B023
         if config and config.merge_method in METHODS:
             report = check(config, merge_options, {*names} - {None, name})
+            report.warnings = [*unknown_keys(document), *report.warnings]
             console.print(place, end="")
             report.print(console)
             found += report.problems

@@ -5,6 +5,8 @@ import functools
 import logging
 from pathlib import Path
 
+import yaml
+
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods import METHODS
 
@@ -75,13 +77,16 @@ def _complete_recipes(merge) -> None:
     run = merge.run_merge
 
     @functools.wraps(run)
-    def run_merge(merge_config, out_path, *args, **kwargs):
+    def run_merge(merge_config, out_path, options, config_source=None):
         if not _ours(merge_config.merge_method):
-            return run(merge_config, out_path, *args, **kwargs)
+            return run(merge_config, out_path, options, config_source)
         from mergekit_tspa.graph.output import held
+        from mergekit_tspa.graph.recipe import unknown_keys
 
+        for warning in unknown_keys(yaml.safe_load(config_source)) if config_source else ():
+            LOG.warning("%s", warning)
         with held(Path(out_path)):
-            return run(merge_config, out_path, *args, **kwargs)
+            return run(merge_config, out_path, options, config_source)
 
     merge.run_merge = run_merge
 

@@ -6,11 +6,9 @@ from pathlib import Path
 
 import click
 import torch
-import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from pydantic import ValidationError
 from rich.console import Console
 
 from mergekit_tspa.adapters import Adapter, BaseModel, Checkpoint, Extraction, kind_of, locate_adapter
@@ -18,7 +16,7 @@ from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.api import load_adapter, plan_adapters
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.adapter import make_planner
-from mergekit_tspa.graph.recipe import sources
+from mergekit_tspa.graph.recipe import read_recipe, sources
 from mergekit_tspa.graph.reference import FullModelReference
 from mergekit_tspa.graph.tasks import ApplyUpdates, Bar, MergeChunk
 from mergekit_tspa.inspect.inspection import Inspection, Merge, Place, Progress, inspect_plans
@@ -26,7 +24,6 @@ from mergekit_tspa.inspect.measures import projection
 from mergekit_tspa.methods import METHODS, Dense
 from mergekit_tspa.methods.attention import Pair
 from mergekit_tspa.methods.base import Parameters, WeightPlan, merge_weights, survey_weights, surveys
-from mergekit_tspa.methods.table import find
 
 SECONDS = 20  # about what merging for a report may take
 
@@ -93,6 +90,7 @@ def inspect_recipe(
         kinds.append("full model" if full else kind_of(locate_adapter(lora.path, lora.revision, cache)))
     title = f"{len(adapters)} adapters, {config.merge_method}"
     inspection = inspect_plans(plans, adapters, kinds, title, progress, options.device, notes)
+    inspection.base = str(config.base_model)
     merges = dict.fromkeys(part.update.merge for task in tasks for part in task.parts if part.update)
     inspection.merge = merge_layers(list(merges), inspection, layers, progress)
     return inspection
@@ -170,21 +168,6 @@ def _part(merge: MergeChunk, layers: set[int | None]) -> tuple[list[WeightPlan],
     return plans, [side for side in sides if {side[0].x.weight, side[0].y.weight} & names]
 
 
-def _read_recipe(file: Path) -> MergeConfiguration:
-    try:
-        config = MergeConfiguration.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError, ValidationError, RuntimeError) as error:
-        raise InputError(f"{file}: no recipe that mergekit can read: {error}") from error
-    if config.merge_method not in METHODS:
-        try:
-            find(config.merge_method)
-        except InputError as error:
-            raise InputError(
-                f"{file}: {error.message}; give the adapters' directories to look at them alone"
-            ) from error
-    return config
-
-
 @click.command("inspect", cls=PrettyPrintHelp)
 @click.argument("inputs", metavar="CONFIG|ADAPTER...", nargs=-1, required=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report"), help="Directory of the report.")
@@ -201,14 +184,16 @@ def main(merge_options: MergeOptions, inputs: tuple[str, ...], out: Path, base: 
 
     merge_options.apply_global_options()
     check_out(out)
-    recipes = [path for path in inputs if Path(path).is_file()]
+    recipes = [path for path in inputs if Path(path).is_file() or path.endswith((".yml", ".yaml"))]
+    if layers and not recipes:
+        raise InputError("--layers: adapters alone are measured on all layers; it is for the merge of a recipe")
     if recipes and len(inputs) > 1:
         raise InputError(f"{recipes[0]}: give one recipe alone, or directories of adapters")
     with torch.no_grad(), Bar(merge_options.quiet) as bar:
         if recipes:
             if base:
                 raise InputError("--base: a recipe names its base itself; set base_model there")
-            inspection = inspect_recipe(_read_recipe(Path(recipes[0])), merge_options, layers, bar.update)
+            inspection = inspect_recipe(read_recipe(Path(recipes[0]))[0], merge_options, layers, bar.update)
         else:
             inspection = inspect_adapters(inputs, base, merge_options.device, bar.update)
         sentences = findings(inspection)

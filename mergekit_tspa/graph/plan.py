@@ -71,6 +71,7 @@ def replace_tasks(planner: MergePlanner) -> None:
     touched: dict[ModelReference, set[str]] = {}
     bases: dict[str, LoadBase] = {}
     parts: dict[str, list[tuple[Index, WeightPlan]]] = {}  # of each tensor that changes
+    unweighted: list[str] = []
     for weight, task in planner._tensors:
         if isinstance(task.gather_tensors, GatherTensors):
             bases[weight.name], adapted = _inputs(weight.name, task, touched)
@@ -81,9 +82,12 @@ def replace_tasks(planner: MergePlanner) -> None:
             ]
             parts[weight.name] = [(index, plan) for index, plan in plans if plan is not None]
             if adapted and not parts[weight.name]:
-                LOG.warning("%s: all weights are zero, so the base stays as it is", weight.name)
+                unweighted.append(weight.name)
         else:
             _refuse_dense(method, weight.name, task)
+    if unweighted:
+        named = f"{unweighted[0]} and {len(unweighted) - 1} more" if unweighted[1:] else unweighted[0]
+        LOG.warning("%s: all weights are zero, so the base stays as it is", named)
     _check_touched(touched)
     plans = {plan.name: plan for planned in parts.values() for _, plan in planned if plan.sources}
     check_plans(method, [*plans.values()])

@@ -1,5 +1,6 @@
 """Check and complete a recipe of one of our methods before mergekit looks at it."""
 
+import difflib
 import logging
 import os
 from collections import ChainMap
@@ -7,6 +8,8 @@ from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from mergekit import common
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelPath, ModelReference
@@ -19,7 +22,7 @@ from mergekit.config import (
     OutputSliceDefinition,
 )
 from mergekit.options import MergeOptions
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError
@@ -31,6 +34,13 @@ from mergekit_tspa.methods.emr import DESCRIPTION
 
 LOG = logging.getLogger(__name__)
 Source = InputModelDefinition | InputSliceDefinition
+# Of the recipe's lists and mappings, what they hold.
+_PARTS = {
+    "models": InputModelDefinition,
+    "slices": OutputSliceDefinition,
+    "sources": InputSliceDefinition,
+    "modules": OutputModuleDefinition,
+}
 # What has `parameters`, besides the inputs themselves.
 Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
 
@@ -84,6 +94,10 @@ def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterato
             common.dtype_from_name(getattr(config, key))
         except RuntimeError:
             yield InputError(f"{key}: {getattr(config, key)!r} is no dtype that mergekit knows")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        yield InputError(f"--device {options.device}: not on this machine ({error})")
     if options.multi_gpu:
         try:
             common.get_torch_accelerator_count()
@@ -212,6 +226,43 @@ def _settings(source: Source, holders: list[Holder]) -> dict[str, Any]:
     return {name: given[name] for name in PER_MODEL if name in given}
 
 
+def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
+    """A recipe of one of our methods, and its text.
+
+    Raises:
+        InputError: it cannot be read, or is no such recipe.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        config = MergeConfiguration.model_validate(document)
+    except ValidationError as error:
+        what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        raise InputError(f"{file}: no recipe that mergekit can read: {what}") from error
+    except (OSError, ValueError, yaml.YAMLError, RuntimeError) as error:
+        raise InputError(f"{file}: no recipe that mergekit can read: {error}") from error
+    if config.merge_method not in METHODS:
+        near = difflib.get_close_matches(config.merge_method, METHODS, n=1)
+        hint = f"do you mean {near[0]}?" if near else "see `mergekit-tspa methods`"
+        raise InputError(f"{file}: {config.merge_method} is not a method on adapters; {hint}")
+    for warning in unknown_keys(document):
+        LOG.warning("%s", warning)
+    return config, text
+
+
+def unknown_keys(document: dict, kind: type[BaseModel] = MergeConfiguration, where: str = "") -> Iterator[str]:
+    """Keys that mergekit drops without a word, anywhere in a recipe but under `parameters`."""
+    for key, value in document.items():
+        if key not in kind.model_fields and (where or key != "name"):  # of a merge of mergekit-multi
+            near = difflib.get_close_matches(str(key), kind.model_fields, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield f"{where}{key}: mergekit knows no such key, so it has no effect{hint}"
+        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+        for name, part in parts.items():
+            if key in _PARTS and isinstance(part, dict):
+                yield from unknown_keys(part, _PARTS[key], f"{where}{key}.{name}.")
+
+
 def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
     """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and tensors."""
     used: dict[ModelReference, list[float]] = {}
@@ -219,7 +270,7 @@ def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
         for source in group:
             if source.model != config.base_model:
                 given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
-                used.setdefault(source.model, []).extend(_scalars(given.get(WEIGHT.name, WEIGHT.default)))
+                used.setdefault(source.model, []).extend(map(float, _scalars(given.get(WEIGHT.name, WEIGHT.default))))
     return {reference: span(weights) for reference, weights in used.items()}
 
 
@@ -301,7 +352,9 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
             if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
                 yield InputError(f"{name} applies to the whole merge; move it from {holder.model} to the top level")
-            for value in _scalars(setting):
+            if not (values := [*_scalars(setting)]):
+                yield InputError(f"parameter {name}: an empty list")
+            for value in values:
                 try:
                     specs[name].validate(value)
                 except ValidationError as error:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
+from math import nan
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mergekit_tspa.inspect.inspection import Inspection
 
 FIGHT, AGREE = -0.1, 0.1  # cosines of two updates, below and above which something is said of them
+CLEARLY = 1.05  # ratio of used ranks that is worth a word
 MANY = 0.1  # share of fights that is no exception any more
 LITTLE = 0.05  # share of the energy that cross terms may add or take away without a word
 SHARED_START = 0.5  # overlap of row spaces above which adapters are taken to share their initial A
@@ -65,7 +67,7 @@ def findings(ins: Inspection) -> list[Finding]:
     if ins.merge:
         found += [*_survival(ins), *_stages(ins)]
     notes = [*ins.notes, *(ins.merge.notes if ins.merge else ())]
-    return found + [Finding(f"{note[:1].upper()}{note[1:]}.") for note in notes]
+    return found + [Finding(f"{note}.") for note in notes]
 
 
 def _sizes(ins: Inspection) -> Iterator[Finding]:
@@ -104,16 +106,17 @@ def _largest_kind(ins: Inspection) -> str:
 
 
 def _ranks(ins: Inspection) -> Iterator[Finding]:
-    used = [
+    ranks = ins.measures.rank.where(ins.measures.rank > 0, nan)
+    used = sorted(
         (effective / rank, name, effective, rank)
         for name, effective, rank in zip(
-            ins.names, *(v.nanmean(0).tolist() for v in (ins.measures.effective_rank, ins.measures.rank))
+            ins.names, *(v.nanmean(0).tolist() for v in (ins.measures.effective_rank, ranks))
         )
-        if rank
-    ]
+        if rank == rank
+    )
     if used:
-        _, name, effective, rank = min(used)
-        least = ", less of it than the others" if len(used) > 1 else ""
+        least, name, effective, rank = used[0]
+        least = ", less of it than any other" if len(used) > 1 and used[1][0] > CLEARLY * least else ""
         yield Finding(f"{name} uses {effective:.1f} of its rank {rank:.3g} on average{least} (effective rank).")
 
 
@@ -165,7 +168,7 @@ def _start(ins: Inspection) -> Iterator[Finding]:
 
 def _sum(ins: Inspection) -> Iterator[Finding]:
     ratio, cross = ins.total_interference()
-    if cross != cross:
+    if cross != cross or not ins.of_pairs(ins.shared).any():
         return
     orthogonal = ratio / (1 + cross) ** 0.5
     fact = f"||sum|| is {ratio:.0%} of the sum of norms, against {orthogonal:.0%} if the adapters were orthogonal"

@@ -87,6 +87,7 @@ class Inspection:
     measures: Measures
     notes: list[str]  # what is not measured
     title: str  # of the recipe, or what stands for one
+    base: str = ""  # that of a recipe
     merge: Merge | None = None
 
     def __post_init__(self):

@@ -101,7 +101,7 @@ def sample_rows(d_out: int, d_in: int, seed: int = 0) -> Tensor:
 
 
 class Measures(NamedTuple):
-    """Of m modules and n adapters; NaN where an adapter has no part, and in angles and overlaps of zero updates."""
+    """Of m modules and n adapters; NaN where an adapter has no part, and where a zero update has nothing to say."""
 
     norm: Tensor  # (m, n)  ||D_t||
     rank: Tensor  # (m, n)  numerical
@@ -145,6 +145,7 @@ def measure(factors: Sequence[LoraFactors], seed: int = 0) -> Measures:
     U, S, V = (torch.cat(sides, -1) for sides in zip(*(p[:3] for p in parts)))
     O, I = U.mT @ U, V.mT @ V  # (m, R, R)  # noqa: E741
     rank = torch.stack([p.rank for p in parts], 1)  # (m, n)
+    ranks = [torch.stack([of(p.S) for p in parts], 1) for of in (effective_rank, stable_rank)]
     smaller = torch.minimum(rank[:, :, None], rank[:, None])
     overlap_out, overlap_in = (owner.mT @ G.square() @ owner / smaller for G in (O, I))
     rows = sample_rows(U.shape[1], V.shape[1], seed)
@@ -154,8 +155,8 @@ def measure(factors: Sequence[LoraFactors], seed: int = 0) -> Measures:
     return Measures(
         norm=torch.stack([p.S.square().sum(1).sqrt() for p in parts], 1),
         rank=rank,
-        effective_rank=torch.stack([effective_rank(p.S) for p in parts], 1),
-        stable_rank=torch.stack([stable_rank(p.S) for p in parts], 1),
+        effective_rank=ranks[0].where(rank > 0, nan),  # zero updates would only blur the means
+        stable_rank=ranks[1].where(rank > 0, nan),
         inner=owner.mT @ (S[:, :, None] * S[:, None] * O * I) @ owner,
         overlap_out=overlap_out,
         overlap_in=overlap_in,

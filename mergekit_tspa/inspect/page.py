@@ -51,6 +51,9 @@ def check_out(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; name a directory for the report")
+    for name in ("adapter_config.json", "config.json"):
+        if (out / name).exists():
+            raise InputError(f"{out}: holds an adapter or a model; name another directory for the report")
     page = out / PAGE
     if page.is_file() and GENERATOR.encode() not in page.read_bytes()[:4096]:
         raise InputError(f"{out}: holds an {PAGE} that is not a report; name another directory")
@@ -112,7 +115,7 @@ def _uri(png: bytes) -> str:
 
 def _subtitle(ins: Inspection) -> str:
     layers = f"{len(ins.layers)} layers, " if ins.layers else ""
-    bases = sorted({adapter.base for adapter in ins.adapters if adapter.base})
+    bases = [ins.base] if ins.base else sorted({adapter.base for adapter in ins.adapters if adapter.base})
     base = f"; base {', '.join(bases)}" if bases else ""
     return f"{len(ins.tensors)} weights in {layers}{', '.join(dict.fromkeys(p.kind for p in ins.places))}{base}"
 
@@ -125,7 +128,7 @@ def _number(value: float, form: str = ".3g") -> str:
 def _adapters(ins: Inspection) -> Table:
     m, rows = ins.measures, []
     for t, adapter in enumerate(ins.adapters):
-        touched = ~ins.weights[:, t].isnan()
+        touched = m.norm[:, t] > 0
         weights, ranks = ins.weights[touched, t], sorted({module.rank for module in adapter.modules.values()})
         spread = sorted({weights.min().item(), weights.max().item()}) if len(weights) else []
         rows.append(
@@ -141,7 +144,7 @@ def _adapters(ins: Inspection) -> Table:
                 adapter.name,
             )
         )
-    columns = ("adapter", "kind", "rank", "weights touched", "weight", "norm", "effective rank", "stable rank", "path")
+    columns = ("adapter", "kind", "rank", "weights changed", "weight", "norm", "effective rank", "stable rank", "path")
     return "Adapters", columns, rows, (1, 8)
 
 
@@ -212,7 +215,7 @@ def _pairs(ins: Inspection) -> Table:
             )
         )
     columns = ("pair", "shared weights", "cosine", "sign conflict", "overlap read", "overlap written")
-    columns += ("smallest angle read (°)", "smallest angle written (°)", "smallest cosine", "in")
+    columns += ("smallest angle read, mean (°)", "smallest angle written, mean (°)", "smallest cosine", "in")
     return "Pairs", columns, rows, (9,)
 
 

@@ -89,7 +89,8 @@ def pictures(ins: Inspection) -> Iterator[Picture]:
         if not share.isnan().all():
             yield _adapters_picture(
                 *(ins, "survival", f"What survives in {ins.merge.method}", share, "<M, D> / ||D||²"),
-                "1: all of the adapter's update is in the merged one; 0: none; above 1: it is counted more than once.",
+                "1: all of the adapter's update is in the merged one; 0: none; above its weight: it is counted more "
+                "than once.",
                 reach=1.0,
             )
         yield from _stage_pictures(ins)

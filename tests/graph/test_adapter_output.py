@@ -198,7 +198,7 @@ def test_bad_use(llama, adapters, tmp_path):
     assert not (tmp_path / "model/adapter_config.json").exists()
     stock = recipe("linear", llama, adapters)
     result = adapter_command(stock, tmp_path / "x")
-    assert result.exit_code == 1 and "linear: not a method on adapters" in result.output
+    assert result.exit_code == 1 and "linear is not a method on adapters" in result.output
     misplaced = recipe("core_tsv", llama, adapters)
     misplaced["models"][0]["parameters"] = {"adapter": True}
     result = merge(misplaced, tmp_path / "y")

@@ -13,6 +13,7 @@ from mergekit_tspa.adapters import Checkpoint, ExtractedModule
 from mergekit_tspa.cli import main
 from tests.conftest import merged_tensors, peft_merged, recipe, run, save_adapter, save_llama, write_recipe
 from tests.graph.test_extracted_inputs import save_full, with_full
+from tests.graph.test_merge import save_tokenizer
 
 
 def check(config, folder, *options):
@@ -238,3 +239,30 @@ def test_the_command_writes_nothing(llama, adapters, tmp_path):
     assert result.returncode == 0 and not result.stderr
     assert "about 3 shards" in result.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["r.yml"]
+
+
+@pytest.mark.parametrize("source", ["base", "union"])
+def test_tokenizer_options(source, llama, adapters, tmp_path):
+    """mergekit plans embeddings in its own way then; they have no adapter here, and the merge starts."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    save_tokenizer(base)
+    config = recipe("core_tsv", base, adapters[:2], tokenizer={"source": source}, parameters={"adapter": True})
+    result = check(config, tmp_path)
+    assert result.exit_code == 0 and "before the vocabulary is aligned" in result.stdout
+    assert "adapter: none can be written: an adapter has no tokenizer" in result.stdout
+    assert merged_tensors(config, tmp_path / "out")
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_devices_that_are_not_there(llama, adapters, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    (error,) = errors(check(recipe("core_tsv", llama, adapters), tmp_path, "--cuda"))
+    assert "--device cuda: not on this machine" in error
+
+
+def test_keys_that_mergekit_drops(llama, adapters, tmp_path):
+    config = recipe("core_tsv", llama, adapters[:2])
+    config["models"][0]["paramaters"] = {"weight": 0.5}
+    result = check(config, tmp_path)
+    assert result.exit_code == 0 and "Warning: models.0.paramaters: mergekit knows no such key" in result.stdout

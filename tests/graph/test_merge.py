@@ -209,6 +209,8 @@ def bad_recipes(llama, adapters, folder):
     save_tokenizer(open_base)
     modules = {key: value for key, value in good().items() if key != "models"}
     modules["modules"] = {"vision": {"models": good()["models"]}}
+    beyond = {key: value for key, value in good().items() if key != "models"}
+    beyond["slices"] = [{"sources": [good()["models"][0] | {"layer_range": [1, 9]}]}]
     nan = change(folder, one, lambda t: first(t, lambda x: x * float("nan")))
     return {
         "missing adapter": (recipe("lora_task_arithmetic", llama, [folder / "no"]), "no such adapter directory"),
@@ -230,6 +232,8 @@ def bad_recipes(llama, adapters, folder):
         "negative weight": (recipe("tspa_lora", llama, [one, two], [1, -1]), "at least 0"),
         "no base": (recipe("lora_task_arithmetic", folder / "none", [one]), "no model, here or on the hub"),
         "no config": (recipe("lora_task_arithmetic", one, [one, two]), "no model, here or on the hub"),
+        "no weight": (recipe("lora_task_arithmetic", llama, [one, two], [1, []]), "weight: an empty list"),
+        "layers beyond the base": (beyond, r"layer_range \[1, 9\] of .*/one: .* has 2 layers"),
         "module": (modules, "has no vision; it has default"),
         "base with adapter": (good(base_model={"model": str(llama), "lora": str(one)}), "adapter of its own"),
     }
@@ -253,3 +257,23 @@ def test_a_slice_of_the_base_alone(llama, adapters, tmp_path):
     config = {"merge_method": "lora_task_arithmetic", "base_model": str(llama), "slices": slices}
     target = weighted_target(llama, adapters[:1], [1.0], lambda name, w: float("layers.0." in name))
     check(merged_tensors(config, tmp_path / "out"), target)
+
+
+def test_weights_that_yaml_reads_as_text(llama, adapters, tmp_path):
+    """YAML 1.1 takes `1e-1` for a string."""
+    text = merged_tensors(recipe("lora_task_arithmetic", llama, adapters[:2], ["1e-1", ["0.5", 1]]), tmp_path / "text")
+    check(
+        text, merged_tensors(recipe("lora_task_arithmetic", llama, adapters[:2], [0.1, [0.5, 1]]), tmp_path / "number")
+    )
+    card = (tmp_path / "text/README.md").read_text()
+    assert f"{adapters[0]} | 0.1 |" in card and f"{adapters[1]} | 0.5 to 1 |" in card
+
+
+def test_keys_that_mergekit_drops_are_named(llama, adapters, tmp_path, caplog):
+    config = recipe("lora_task_arithmetic", llama, adapters[:2], base_modle="x", name="a merge")
+    config["models"][1]["paramaters"] = {"weight": 0.5}
+    assert merge(config, tmp_path / "out").exit_code == 0
+    warnings = [record.message for record in caplog.records if "no such key" in record.message]
+    assert len(warnings) == 2
+    assert "base_modle: " in warnings[0] and "did you mean base_model?" in warnings[0]
+    assert "models.1.paramaters: " in warnings[1] and "did you mean parameters?" in warnings[1]

@@ -372,9 +372,7 @@ def test_errors(llama, adapters, tmp_path):
     assert "give one recipe alone" in error(file, adapters[0])
     assert "set base_model there" in error(file, "--base", llama)
     assert "do you mean" in error(write_recipe(tmp_path / "m.yml", recipe("lora_tis", llama, adapters)))
-    assert "directories to look at them alone" in error(
-        write_recipe(tmp_path / "m.yml", recipe("ties", llama, adapters))
-    )
+    assert "is not a method on adapters" in error(write_recipe(tmp_path / "m.yml", recipe("ties", llama, adapters)))
     (tmp_path / "broken.yml").write_text("a: [")
     assert "no recipe that mergekit can read" in error(tmp_path / "broken.yml")
     lost = recipe("core_tsv", tmp_path / "nowhere", adapters)
