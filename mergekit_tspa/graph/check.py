@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import click
@@ -124,6 +124,7 @@ class ReadAdapter(NamedTuple):
             ", ".join(sorted({str(module.A.dtype).removeprefix("torch.") for module in self.stored})) or "-",
             f"{norm} ({self.norm / median:.2g}x)" if self.norm and median else norm,
             weight,
+            PurePath(self.adapter.base).name if self.adapter.base else "-",
         ]
 
 
@@ -253,7 +254,8 @@ class Report:
         norms = [adapter.norm for adapter in self.adapters if adapter.norm]
         names = short_names([adapter.adapter.name for adapter in self.adapters])
         columns = ("kind", "rank", "modules", "dtype", "norm (of the median)", "weight")
-        table = Table(Column("adapter", overflow="fold"), *columns, show_lines=True)
+        name, base = (Column(header, overflow="fold") for header in ("adapter", "trained on"))
+        table = Table(name, *columns, base, show_lines=True)
         for name, adapter in zip(names, self.adapters):
             row = adapter.row(weights.get(adapter.adapter.name, "-"), statistics.median(norms) if norms else 0)
             table.add_row(name, *row)

@@ -73,7 +73,7 @@ def test_full_models(llama, adapters, tmp_path, monkeypatch):
         result = check(config, tmp_path)
     assert result.exit_code == 0 and not result.stderr
     row = next([c.strip() for c in x.split("│")[1:-1]] for x in result.stdout.splitlines() if "full model" in x)
-    assert row[:3] == ["full", "full model", "5"] and row[5:] == ["needs the base", "1"]
+    assert row[:3] == ["full", "full model", "5"] and row[5:7] == ["needs the base", "1"]
     merged_tensors(config, tmp_path / "out")
     written = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert number(r"adapter_model.safetensors, rank (\d+) at most", result.stdout) == written["r"]
@@ -117,6 +117,7 @@ def test_what_is_said_of_adapters(llama, adapters, tmp_path):
     assert [row[2] for row in rows] == ["4", "2", "6", "4"]
     assert rows[1][3] == "4: q_proj up_proj" and rows[0][4] == "float32"
     assert [row[6] for row in rows] == ["1", "0.5", "0.25 to 0.75", "2"]
+    assert [row[7] for row in rows] == [llama.name] * 4
     base, merged = load_file(llama / "model.safetensors"), peft_merged(llama, adapters[2])
     norm = torch.stack([(merged[name] - W).norm() for name, W in base.items()]).norm().item()
     assert float(rows[2][5].split()[0]) == pytest.approx(norm, rel=1e-3)
