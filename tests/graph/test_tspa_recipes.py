@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mergekit_tspa import merge_adapters
+from mergekit_tspa.graph.tasks import Bar
 from tests.conftest import base_tensors, merge, merged_tensors, recipe, relative_error, save_adapter
 
 STEPS = {"attention_steps": 15, "lora_steps": 30}
@@ -178,3 +179,18 @@ def test_a_solver_that_fails_leaves_no_files(llama, tmp_path):
 def test_quiet(llama, three, tmp_path):
     config = recipe("tspa", llama, three, parameters=STEPS)
     assert "alignment" not in merge(config, tmp_path / "quiet").output
+
+
+def test_progress_says_what_is_solved_and_how_far(llama, three):
+    """Through the entry that the commands share; the bar shows the same."""
+    said = []
+    merge_adapters("tspa", three, base=llama, progress=lambda *what: said.append(what), **STEPS)
+    stages = list(dict.fromkeys(stage for stage, *_ in said))
+    assert stages == ["query-key alignment", "value-output alignment", "LoRA alignment"]
+    for stage in stages:
+        done, left = zip(*(numbers for name, *numbers in said if name == stage))
+        assert done[0] == 0 and done[-1] == 1  # in between again, as weights of other ranks are another batch
+        assert left[0] == 1 and 0 < left[-1] < 1
+    with Bar(quiet=False) as bar:
+        bar.update("LoRA alignment", 0.5, 0.25)
+        assert "LoRA alignment:  50%" in str(bar.bar) and "0.25 of the objective left" in str(bar.bar)
