@@ -42,7 +42,7 @@ from mergekit_tspa.adapters import (
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.graph.adapter import adapter_task, make_planner, weight_ranges
 from mergekit_tspa.graph.method import ADAPTER
-from mergekit_tspa.graph.recipe import faults, sources, unknown_keys
+from mergekit_tspa.graph.recipe import faults, filters, sources, unknown_keys
 from mergekit_tspa.graph.reference import AdapterReference, FullModelReference
 from mergekit_tspa.graph.tasks import ApplyUpdates
 from mergekit_tspa.inspect.inspection import short_names
@@ -180,6 +180,9 @@ class Output:
             plan = max(cut, key=self.method.carried)
             carried = self.method.carried(plan)
             yield f"rank {self.rank(plan)} cuts {len(cut)} merged updates, of rank up to {carried} ({plan.name})"
+        planned = [weight.name for weight, _ in self.planner._tensors]
+        for unmatched in sorted(f for f in filters(self.config) if not any(f in name for name in planned)):
+            yield f"filter {unmatched!r} is in the name of no tensor"
         if missing := [name for name, found in self.tensors.items() if found is None]:
             yield f"{self.config.base_model} lacks {len(missing)} tensors of the output, {missing[0]} among them"
 

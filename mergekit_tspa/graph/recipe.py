@@ -263,6 +263,14 @@ def unknown_keys(document: dict, kind: type[BaseModel] = MergeConfiguration, whe
                 yield from unknown_keys(part, _PARTS[key], f"{where}{key}.{name}.")
 
 
+def filters(config: MergeConfiguration) -> set[str]:
+    """The filters of all parameters, but those that match everything."""
+    holders = [holder for group, outer in _groups(config) for holder in (*group, *outer)]
+    settings = [setting for holder in holders for setting in (holder.parameters or {}).values()]
+    given = [part for setting in settings for part in (setting if isinstance(setting, list) else [setting])]
+    return {part.filter for part in given if isinstance(part, ConditionalParameter)} - {None, "*"}
+
+
 def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
     """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and tensors."""
     used: dict[ModelReference, list[float]] = {}

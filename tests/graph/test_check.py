@@ -262,8 +262,10 @@ def test_devices_that_are_not_there(llama, adapters, tmp_path):
     assert "--device cuda: not on this machine" in error
 
 
-def test_keys_that_mergekit_drops(llama, adapters, tmp_path):
-    config = recipe("core_tsv", llama, adapters[:2])
+def test_what_has_no_effect(llama, adapters, tmp_path):
+    weight = [{"filter": "qproj", "value": 2}, {"filter": "v_proj", "value": [0.5, 1]}, {"value": 1}]
+    config = recipe("core_tsv", llama, adapters[:2], [1, weight])
     config["models"][0]["paramaters"] = {"weight": 0.5}
     result = check(config, tmp_path)
     assert result.exit_code == 0 and "Warning: models.0.paramaters: mergekit knows no such key" in result.stdout
+    assert "Warning: filter 'qproj' is in the name of no tensor" in result.stdout and "v_proj' is" not in result.stdout
