@@ -74,6 +74,19 @@ def _complete_recipes(merge) -> None:
 
     merge.get_architecture_info = get_architecture_info
 
+    out_config = merge._model_out_config
+
+    @functools.wraps(out_config)
+    def _model_out_config(config, *args, **kwargs):
+        made = out_config(config, *args, **kwargs)
+        if _ours(config.merge_method):
+            from mergekit_tspa.graph.output import save_whole
+
+            save_whole(made)
+        return made
+
+    merge._model_out_config = _model_out_config
+
     run = merge.run_merge
 
     @functools.wraps(run)

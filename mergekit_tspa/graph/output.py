@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mergekit.config import MergeConfiguration
 from safetensors import SafetensorError
+from transformers import PretrainedConfig
 
 from mergekit_tspa.errors import InputError
 
@@ -68,6 +70,20 @@ def replaced(directory: Path) -> Iterator[Path]:
         except BaseException:
             _clear(partial)
             raise
+
+
+def save_whole(config: PretrainedConfig) -> None:
+    """Let `save_pretrained` name its files when they are written: a cut `config.json` looks like a finished merge."""
+    kind = type(config)
+
+    def save_pretrained(self, directory, **kwargs):
+        with tempfile.TemporaryDirectory(prefix=".config-", dir=directory) as partial:
+            kind.save_pretrained(self, partial, **kwargs)
+            for file in Path(partial).iterdir():
+                file.replace(Path(directory, file.name))
+
+    # Not an attribute of the object, which would be written with it.
+    config.__class__ = type(kind.__name__, (kind,), {"save_pretrained": save_pretrained})
 
 
 def _clear(directory: Path) -> None:

@@ -129,3 +129,17 @@ def test_values(method, value, adapters, tmp_path):
             assert value in ("1e30", "float64 beyond float32", "alpha 1e30", "alpha 1e300", "NaN")
         else:
             assert all(update.dense().isfinite().all() for update in merged.values())
+
+
+def test_a_config_that_is_cut_while_it_is_written(llama, adapters, tmp_path, monkeypatch):
+    """mergekit-multi takes a stage whose `config.json` is there for finished."""
+    from transformers import PretrainedConfig
+
+    def cut(self, file, **kwargs):
+        Path(file).write_text("{")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(PretrainedConfig, "to_json_file", cut)
+    result = merge(recipe("core_tsv", llama, adapters), tmp_path / "out")
+    assert result.exit_code == 1 and "no space left" in result.output
+    assert (tmp_path / "out/model.safetensors").exists() and not (tmp_path / "out/config.json").exists()
