@@ -6,34 +6,19 @@ Adapters on q, k, v and o of all 32 layers.  The base's header is real and its w
 methods measured here must not look at them.
 """
 
-import argparse
-import os
-import platform
 import sys
-import tempfile
-from datetime import date
 from pathlib import Path
 
 import yaml
 from memory import MiB, measure
-from synthetic import LLAMA_3_8B, write_adapters, write_sparse_llama
+from synthetic import large_adapters
 
 METHODS = ("lora_task_arithmetic", "core_tsv", "core_ties", "ctm_tsv", "ctm_ties", "tspa_lora")
 DENSE = ("lora_ties",)  # cut to the adapters' rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
-    args = parser.parse_args()
-    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        folder = Path(folder)
-        base = write_sparse_llama(folder / "base", 32, **LLAMA_3_8B)
-        adapters = list(write_adapters(folder / "adapters", args.adapters, 32, args.rank, modules, **LLAMA_3_8B))
+    with large_adapters(__doc__, METHODS) as (folder, base, adapters, args):
         models = [{"model": f"{base}+{a}"} for a in adapters]
         script = str(Path(sys.executable).parent / "mergekit-tspa")
         print("| method | seconds | peak MiB | adapter MiB |\n|---|---|---|---|")

@@ -6,34 +6,19 @@ Adapters on q, k, v and o of all 32 layers: by themselves, and as inputs of reci
 weights are a hole in a sparse file.
 """
 
-import argparse
-import os
-import platform
 import re
 import sys
-import tempfile
-from datetime import date
 from pathlib import Path
 
 import yaml
 from memory import measure
-from synthetic import LLAMA_3_8B, write_adapters, write_sparse_llama
+from synthetic import large_adapters
 
 METHODS = ("core_tsv", "ctm_ties", "lora_ties", "tspa_lora", "tspa")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
-    args = parser.parse_args()
-    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        folder = Path(folder)
-        base = write_sparse_llama(folder / "base", 32, **LLAMA_3_8B)
-        adapters = list(write_adapters(folder / "adapters", args.adapters, 32, args.rank, modules, **LLAMA_3_8B))
+    with large_adapters(__doc__, METHODS) as (folder, base, adapters, args):
         inputs = {"(adapters alone)": [*map(str, adapters)]}
         for method in args.methods:
             recipe = folder / f"{method}.yml"

@@ -1,7 +1,14 @@
 """Random checkpoints and adapters of given shapes, written shard by shard."""
 
+import argparse
 import json
-from collections.abc import Iterator
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
 from math import prod
 from pathlib import Path
 
@@ -115,3 +122,20 @@ def write_adapters(path: Path, count: int, layers: int, rank: int, modules: tupl
             config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules)}
             (folder / "adapter_config.json").write_text(json.dumps(config))
         yield folder
+
+
+@contextmanager
+def large_adapters(doc: str, methods: Sequence[str]) -> Iterator[tuple[Path, Path, list[Path], argparse.Namespace]]:
+    """A folder, in it a sparse base of Llama-3-8B's shapes and adapters on its q, k, v and o; the command line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--methods", nargs="*", default=methods)
+    args = parser.parse_args()
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+        folder = Path(name)
+        base = write_sparse_llama(folder / "base", 32, **LLAMA_3_8B)
+        adapters = [*write_adapters(folder / "adapters", args.adapters, 32, args.rank, modules, **LLAMA_3_8B)]
+        yield folder, base, adapters, args
