@@ -40,6 +40,13 @@ def save_llama(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **
     return path
 
 
+def save_gpt2(path: Path) -> Path:
+    """A GPT-2, whose weights are stored transposed."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)).save_pretrained(path)
+    return path
+
+
 def load_model(path: Path, **options):
     """A model of the class that its configuration names."""
     (kind,) = json.loads((path / "config.json").read_text())["architectures"]
@@ -75,10 +82,7 @@ def llama(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("base") / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)).save_pretrained(path)
-    return path
+    return save_gpt2(tmp_path_factory.mktemp("base") / "gpt2")
 
 
 @pytest.fixture(scope="session")
