@@ -21,7 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergekit_tspa.adapters import BaseModel, Checkpoint, Extraction, extract_adapter, read_adapter
+from mergekit_tspa.adapters import Extraction, extract_adapter, read_adapter
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import ModelTensors
 
 RESULTS = Path(__file__).parent / "results/extraction.md"
 HEADER = "| noise's share of the energy | rank | seconds, stock | seconds, ours | ratio | error, stock | error, ours |"
@@ -34,7 +36,7 @@ def make_full(base: Path, adapter: Path, noise: float, path: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     weights = {name: W for name, W in model.named_parameters() if W.ndim == 2 and "embed" not in name}
-    lora, tensors = read_adapter(adapter).fit(BaseModel.of(str(base), Checkpoint(base)))
+    lora, tensors = read_adapter(adapter).fit(ModelTensors.of(str(base), Checkpoint(base)))
     updates = {name: lora.factors(module).dense() for name, module in tensors.items()}
     energy = sum(update.square().sum() for update in updates.values()) / sum(W.numel() for W in weights.values())
     with torch.no_grad():
@@ -46,7 +48,7 @@ def make_full(base: Path, adapter: Path, noise: float, path: Path) -> Path:
 
 def ours(base: Path, full: Path, rank: int, out: Path) -> None:
     """All factors, to a file."""
-    sides = (BaseModel.of(str(path), Checkpoint(path)) for path in (full, base))
+    sides = (ModelTensors.of(str(path), Checkpoint(path)) for path in (full, base))
     adapter = extract_adapter(str(full), *sides, Extraction(rank))
     factors = {module: adapter.factors(module) for module in adapter.modules}
     save_file({f"{m}.{side}": getattr(f, side).contiguous() for m, f in factors.items() for side in "AB"}, out)

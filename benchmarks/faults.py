@@ -25,9 +25,9 @@ from tests.kills import kill, tasks
 
 SUITES = {
     "stock features and options": "tests/test_surface.py",
-    "architectures": "tests/graph/test_architectures.py",
+    "architectures": "tests/plugin/test_architectures.py",
     "every method run twice, byte for byte": "tests/test_determinism.py",
-    "full disks, permissions, two merges at once, extreme values": "tests/graph/test_output.py",
+    "full disks, permissions, two merges at once, extreme values": "tests/plugin/test_output.py",
 }
 
 

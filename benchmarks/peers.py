@@ -113,7 +113,7 @@ def memory() -> None:
         f"\nPeak memory of one {WIDTH} x {WIDTH} weight above its adapters, in dense float32 matrices (and seconds)\n"
     )
     print("| method | 2 adapters | 8 | 32 |\n|---|---|---|---|")
-    for method in [m for m in METHODS if METHODS[m].output == "dense"] + IN_SMALL:
+    for method in [m for m in METHODS if METHODS[m].result.dense] + IN_SMALL:
         cells = []
         for n in (2, 8, 32):
             child = subprocess.run([sys.executable, "-c", _CHILD, method, str(n)], capture_output=True, text=True)

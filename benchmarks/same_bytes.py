@@ -46,7 +46,9 @@ def sets(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
         tiny.save_adapter(llama, folder / "two", seed=2, r=2, target_modules=["q_proj", "up_proj"]),
         tiny.save_adapter(llama, folder / "three", seed=3, r=6, use_rslora=True, target_modules="all-linear"),
     ]
-    equal = [tiny.save_adapter(llama, folder / f"e{seed}", seed=seed, target_modules="all-linear") for seed in (1, 2, 3)]
+    equal = [
+        tiny.save_adapter(llama, folder / f"e{seed}", seed=seed, target_modules="all-linear") for seed in (1, 2, 3)
+    ]
     conv1d = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     dora = [tiny.save_adapter(gpt2, folder / f"d{seed}", seed=seed, use_dora=seed == 2, **conv1d) for seed in (1, 2)]
     return {"unequal": (llama, unequal), "equal": (llama, equal), "gpt2": (gpt2, dora)}

@@ -11,12 +11,12 @@ from mergekit_tspa._startup import install
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AttentionGeometry": "mergekit_tspa.adapters",
+    "AttentionGeometry": "mergekit_tspa.base.geometry",
     "InputError": "mergekit_tspa.errors",
-    "LoraFactors": "mergekit_tspa.adapters",
+    "LoraFactors": "mergekit_tspa.updates",
     "METHODS": "mergekit_tspa.methods",
-    "add_merged_adapter": "mergekit_tspa.peft",
-    "merge_adapters": "mergekit_tspa.api",
+    "add_merged_adapter": "mergekit_tspa.merging.loaded",
+    "merge_adapters": "mergekit_tspa.merging.api",
     "read_adapter": "mergekit_tspa.adapters",
 }
 __all__ = [*_LAZY, "install"]

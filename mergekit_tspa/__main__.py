@@ -1,3 +1,3 @@
-from mergekit_tspa.cli import main
+from mergekit_tspa.commands.main import main
 
 main()

@@ -2,7 +2,7 @@
 
 torch calls `install` at the end of `import torch` (entry-point group `torch.backends`), before mergekit's
 merge methods are imported.  `install` puts one finder on `sys.meta_path`; when one of the modules below is
-imported, its own loader runs first and `mergekit_tspa.graph.hooks` extends the module afterwards.  The loader
+imported, its own loader runs first and `mergekit_tspa.plugin.hooks` extends the module afterwards.  The loader
 object stays the original one, so source look-up, reload and zip imports work as before.
 
 `TORCH_DEVICE_BACKEND_AUTOLOAD=0` (torch's own switch) turns the entry point off.
@@ -20,7 +20,7 @@ _HOOKED = ("mergekit.merge_methods.registry", "mergekit.merge", "mergekit.plan",
 def _extend(module) -> None:
     """Run the hook of a freshly imported module; a failing hook leaves stock mergekit as it is."""
     try:
-        importlib.import_module("mergekit_tspa.graph.hooks").extend(module)
+        importlib.import_module("mergekit_tspa.plugin.hooks").extend(module)
     except Exception as error:
         warnings.warn(f"mergekit_tspa could not extend {module.__name__}: {error!r}", RuntimeWarning, stacklevel=2)
 

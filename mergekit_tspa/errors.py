@@ -1,14 +1,27 @@
-"""The one exception of this package."""
+"""The one exception of this package, and the hint that most of its messages need."""
 
-from click import ClickException
+import difflib
+from collections.abc import Iterable
 
 
-class InputError(ClickException, ValueError):
+class InputError(ValueError):
     """The recipe or one of its files cannot be merged; the message is one sentence with the cause and the way out.
 
-    It is a `ValueError` for library users and a `ClickException` for mergekit's commands, which print such
-    an exception as `Error: <message>` and exit with 1 instead of showing a traceback.
+    Library users catch it as a `ValueError`.  Commands print `Error: <message>` and exit with 1 instead of showing a
+    traceback.
     """
 
     def __init__(self, message: str):
-        ClickException.__init__(self, " ".join(message.split()))
+        self.message = " ".join(message.split())
+        super().__init__(self.message)
+
+
+def nearest(name: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Known names that `name` may be a misspelling of, the most similar first."""
+    return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean NAME?`, or nothing where no known name is similar."""
+    near = nearest(name, known)
+    return f"; did you mean {near[0]}?" if near else ""

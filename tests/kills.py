@@ -75,8 +75,8 @@ def tasks(folder: Path, base: Path, adapters: list[Path]) -> dict[str, Task]:
     """Every command that writes, on a base of several shards; `folder` takes recipes and results."""
     from mergekit.scripts import multimerge, run_yaml
 
-    from mergekit_tspa import cli
-    from mergekit_tspa.graph import adapter
+    from mergekit_tspa.commands import main as cli
+    from mergekit_tspa.plugin import adapter_output as adapter
 
     emr = folder / "emr"
     plain, single = (write_recipe(folder / f"{m}.yml", recipe(m, base, adapters)) for m in ("core_tsv", "lora_emr"))

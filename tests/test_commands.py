@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from mergekit_tspa.cli import main
+from mergekit_tspa.commands.main import main
 from tests.conftest import ROOT, merge, peft_merged, recipe, relative_error, run, write_recipe
-from tests.graph.test_merge import check, weighted_target
+from tests.plugin.test_merge import check, weighted_target
 
 
 def test_mergekit_yaml(llama, adapters, tmp_path):
@@ -141,7 +141,7 @@ def test_example_recipes_are_valid(file):
     from mergekit.config import MergeConfiguration
 
     from mergekit_tspa import METHODS
-    from mergekit_tspa.graph.recipe import _check_parameters
+    from mergekit_tspa.plugin.recipe import _check_parameters
 
     for document in yaml.safe_load_all(file.read_text()):
         document.pop("name", None)

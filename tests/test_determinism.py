@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from mergekit_tspa import METHODS
 from tests.conftest import recipe, run, save_adapter, save_llama, write_recipe
-from tests.graph.test_merge import check, save_tokenizer
+from tests.plugin.test_merge import check, save_tokenizer
 
 
 @pytest.fixture(scope="module")

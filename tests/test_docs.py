@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mergekit_tspa.cli import main
+from mergekit_tspa.commands.main import main
 from tests.conftest import ROOT, merge, peft_merged, save_adapter, save_llama
-from tests.graph.test_merge import save_tokenizer
+from tests.plugin.test_merge import save_tokenizer
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import merged_tensors, recipe
-from tests.graph.test_merge import check
+from tests.plugin.test_merge import check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -75,8 +75,8 @@ def test_import_torch_loads_nothing_else():
         "import torch, mergekit.merge",
         "import mergekit_tspa, mergekit.merge",
         "import mergekit.merge, mergekit_tspa",
-        "import mergekit_tspa.graph.recipe",
-        "import mergekit_tspa.graph.method",
+        "import mergekit_tspa.plugin.recipe",
+        "import mergekit_tspa.plugin.merge_method",
     ],
 )
 def test_any_import_order(first):
@@ -99,7 +99,7 @@ def test_library_use_without_the_entry_point():
 
 def test_a_broken_hook_leaves_torch_and_stock_mergekit_alone(tmp_path):
     code = (
-        "import sys; sys.modules['mergekit_tspa.graph.hooks'] = None\n"
+        "import sys; sys.modules['mergekit_tspa.plugin.hooks'] = None\n"
         "import warnings; warnings.simplefilter('ignore')\n"
         "import torch, mergekit.merge\nfrom mergekit.merge_methods import get\nprint(get('linear').spec.name)"
     )
@@ -111,7 +111,7 @@ def test_a_name_that_mergekit_has_is_left_to_mergekit():
     code = (
         "import copy, dataclasses, logging, mergekit.merge\n"
         "from mergekit.merge_methods import registry\n"
-        "from mergekit_tspa.graph import hooks\n"
+        "from mergekit_tspa.plugin import hooks\n"
         "theirs = copy.copy(registry.get('linear'))\n"
         "theirs.spec = dataclasses.replace(theirs.spec, name='tspa_lora')\n"
         "for name in hooks.METHODS: registry._METHODS.pop(name)\n"

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "mergekit_tspa"
-MATHS = {"torch", "math"}
+CORE = {"errors", "linalg", "updates"}
 ALLOWED = {  # room -> rooms of this package it may import
-    "adapters": {"adapters", "errors"},
+    "base": {"base", *CORE},
+    "adapters": {"adapters", "base", *CORE},
     "alignment": {"alignment", "errors"},
-    "spaces": {"spaces", "adapters", "errors", "numerics"},
-    "rules": {"rules", "errors", "numerics"},
-    "methods": {"methods", "adapters", "alignment", "spaces", "rules", "errors", "numerics"},
-    "inspect": {"inspect", "adapters", "methods", "errors", "numerics"},
+    "spaces": {"spaces", *CORE},
+    "rules": {"rules", "errors", "linalg"},
+    "methods": {"methods", "adapters", "base", "alignment", "spaces", "rules", *CORE},
+    "merging": {"merging", "methods", "adapters", "base", "alignment", "spaces", "rules", *CORE},
+    "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
 }
 
 
@@ -47,10 +49,10 @@ def test_alignment_needs_only_torch_and_geoopt():
 
 
 def test_measures_need_only_torch():
-    found = imports(PACKAGE / "inspect" / "measures.py")
+    found = imports(PACKAGE / "insight" / "measures.py")
     assert {name for name in found if name.startswith("mergekit_tspa")} <= {
         "mergekit_tspa.adapters",
-        "mergekit_tspa.numerics",
+        "mergekit_tspa.linalg",
     }
     assert {name.split(".")[0] for name in found} - {"mergekit_tspa"} <= {"torch", "math", "typing", "collections"}
 
@@ -62,19 +64,19 @@ def test_entry_needs_only_the_standard_library():
         assert outside <= {"importlib", "sys", "types", "warnings"}
 
 
-def test_only_the_graph_room_and_the_command_line_know_mergekit():
+def test_only_the_plugin_and_the_command_line_know_mergekit():
     knowing = {
         file.relative_to(PACKAGE).parts[0]
         for file in PACKAGE.rglob("*.py")
         if any(name.split(".")[0] == "mergekit" for name in imports(file))
     }
-    assert knowing == {"graph"}
+    assert knowing == {"plugin", "commands"}
 
 
 def test_the_peft_entry_knows_the_other_entry_and_no_files():
-    """`mergekit_tspa/peft.py` adds to a loaded model; `peft` there is the library."""
-    found = imports(PACKAGE / "peft.py")
+    """`merging/loaded.py` adds to a loaded model."""
+    found = imports(PACKAGE / "merging" / "loaded.py")
     outside = {name.split(".")[0] for name in found} - {"mergekit_tspa"}
     assert outside <= {"peft", "torch", "collections", "logging", "typing"}
     rooms = {name.split(".")[1] for name in found if name.startswith("mergekit_tspa.")}
-    assert rooms <= {"adapters", "api", "errors", "methods"}
+    assert rooms <= {"adapters", "base", "errors", "merging", "methods", "updates"}

@@ -25,7 +25,7 @@ from tests.conftest import (
     save_llama,
     write_recipe,
 )
-from tests.graph.test_merge import check, save_tokenizer, weighted_target
+from tests.plugin.test_merge import check, save_tokenizer, weighted_target
 
 WEIGHTS = [0.7, -0.4]
 

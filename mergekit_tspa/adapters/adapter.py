@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mergekit_tspa.adapters import experts
-from mergekit_tspa.adapters.base import BaseModel
-from mergekit_tspa.adapters.factors import LoraFactors
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
+from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.updates import LoraFactors
 
 # transformers' Conv1D stores (d_in, d_out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -39,7 +39,7 @@ class Adapter:
                 )
             if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
                 raise InputError(f"{name}: a factor of {module} contains NaN or Inf")
-        return cls(name, None, {module: LoraModule(A, B) for module, (B, A) in factors.items()})
+        return cls(name, None, {module: LoraModule(B, A) for module, (B, A) in factors.items()})
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -60,7 +60,7 @@ class Adapter:
             )
         return found.factors(dtype, device)
 
-    def fit(self, base: BaseModel) -> tuple["Adapter", dict[str, str]]:
+    def fit(self, base: ModelTensors) -> tuple["Adapter", dict[str, str]]:
         """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
 
         Its changes are named as the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
@@ -86,7 +86,7 @@ class Adapter:
             self._fit_change(change, tensor, base)
         return replace(adapter, modules=modules, changes=changes), tensors
 
-    def _fit_module(self, module: str, tensor: str, base: BaseModel) -> LoraModule:
+    def _fit_module(self, module: str, tensor: str, base: ModelTensors) -> LoraModule:
         found, shape = self.modules[module], base.shape(tensor)
         self._check_precision(tensor, base)
         if base.config.get("model_type") in _CONV1D_MODELS:
@@ -102,7 +102,7 @@ class Adapter:
             found = found._replace(base_part=BasePart(found.base_part.of, lambda: base.read(tensor)))
         return found
 
-    def _fit_change(self, change: Change, tensor: str, base: BaseModel) -> None:
+    def _fit_change(self, change: Change, tensor: str, base: ModelTensors) -> None:
         self._check_precision(tensor, base)
         shape = tuple(change.value.shape)
         if change.rows is not None:  # as many rows as it needs at least
@@ -111,14 +111,14 @@ class Adapter:
         if shape != base.shape(tensor):
             self._refuse_shape("new value", shape, tensor, base)
 
-    def _check_precision(self, tensor: str, base: BaseModel) -> None:
+    def _check_precision(self, tensor: str, base: ModelTensors) -> None:
         if base.config.get("quantization_config") or tensor in base.quantised:
             raise InputError(
                 f"{base.name}: the base model is quantised, and {self.name} changes its {tensor}; merge into the "
                 "original full-precision checkpoint"
             )
 
-    def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: BaseModel):
+    def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: ModelTensors):
         trained_on = f" (the adapter says it was trained on {self.base})" if self.base else ""
         there = base.shape(tensor)
         if tensor.endswith(HEADS + EMBEDDINGS) and shape[1:] == there[1:]:
@@ -131,7 +131,7 @@ class Adapter:
             f"use the base the adapter was trained on{trained_on}"
         )
 
-    def _tie_changes(self, base: BaseModel) -> Mapping[str, Change]:
+    def _tie_changes(self, base: ModelTensors) -> Mapping[str, Change]:
         """The changes without a head that the base ties to its embedding, and with one it stores all the same.
 
         Raises:

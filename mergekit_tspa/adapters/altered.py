@@ -6,7 +6,7 @@ The adapter's update of the unchanged base is then `scale B A - part`, of twice 
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters.factors import LoraFactors
+from mergekit_tspa.updates import LoraFactors
 
 
 def pissa_part(W: Tensor, rank: int) -> LoraFactors:

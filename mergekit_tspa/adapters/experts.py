@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_tspa.adapters.base import BaseModel
 from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 
 # PEFT wraps a module once per targeted parameter, in the order in which the module declares them.
@@ -48,8 +48,8 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
     return named
 
 
-def unpack(A: Tensor, B: Tensor, rank: int, layout: str | None) -> list[tuple[Tensor, Tensor]]:
-    """The factors `(A_e, B_e)` of each expert: `A (experts r, d_in)`, `B (d_out, r experts)`.
+def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Tensor, Tensor]]:
+    """The factors `(B_e, A_e)` of each expert, from `B (d_out, r experts)` and `A (experts r, d_in)`.
 
     In `A` an expert's rows lie together, in `B` its columns are spread (`rank_major`, PEFT's), or lie together
     too (`grouped_by_expert`, as some of Unsloth's files say).
@@ -57,10 +57,10 @@ def unpack(A: Tensor, B: Tensor, rank: int, layout: str | None) -> list[tuple[Te
     n = A.shape[0] // rank
     A = A.reshape(n, rank, -1)
     B = B.reshape(-1, n, rank).movedim(1, 0) if layout == "grouped_by_expert" else B.reshape(-1, rank, n).movedim(2, 0)
-    return list(zip(A, B))
+    return list(zip(B, A))
 
 
-def settle(modules: Mapping[str, LoraModule], base: BaseModel, adapter: str) -> dict[str, LoraModule]:
+def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) -> dict[str, LoraModule]:
     """Give modules of experts, `parameter[expert]`, the names and shapes that the base's checkpoint has for them.
 
     * fused there: `tensor[expert]`, transposed if it stores `(experts, d_in, d_out)`;
@@ -92,7 +92,7 @@ def settle(modules: Mapping[str, LoraModule], base: BaseModel, adapter: str) -> 
     return settled
 
 
-def _transposed(module: LoraModule, tensor: str, base: BaseModel) -> bool:
+def _transposed(module: LoraModule, tensor: str, base: ModelTensors) -> bool:
     """Whether the base stores `(experts, d_in, d_out)`; where both orientations fit, the other projection tells."""
     _, *shape = base.shapes[tensor]
     if shape[0] != shape[1]:

@@ -1,6 +1,5 @@
 """A full model as an adapter: low-rank factors of its difference to the base, made weight by weight when needed."""
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mergekit_tspa.adapters.adapter import EMBEDDINGS, HEADS, Adapter
-from mergekit_tspa.adapters.base import BaseModel
-from mergekit_tspa.adapters.factors import LoraFactors
+from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.linalg import leading_triplets, seed_of
+from mergekit_tspa.updates import LoraFactors
 
 LOG = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class ExtractedModule:
             raise InputError(f"{self.tensor}: it or the base's contains NaN or Inf")
         if not energy:
             return LoraFactors(D.new_zeros(len(D), rank), D.new_zeros(rank, D.shape[1])), None
-        seed = int.from_bytes(hashlib.sha256(self.tensor.encode()).digest()[:7], "big")
+        seed = seed_of(self.tensor)
         k = min(rank, 32) if wanted else rank
         while True:
             U, S, Vh = leading_triplets(D, k, seed)
@@ -99,27 +99,7 @@ class StoredTensor:
         return self.read().to(W.device, torch.float32) - W
 
 
-def leading_triplets(M: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`U (m, k)`, `S (k,)`, `V^T (k, n)` of the `k` largest singular values of `M (m, n)`.
-
-    Subspace iteration on a few directions more, until a step gains less than a thousandth of what they hold (Halko,
-    Martinsson & Tropp, 2011, arXiv 0909.4061); exact where that is no more work.
-    """
-    wide = rank + 16
-    if 2 * wide > min(M.shape):
-        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-        return U[:, :rank], S[:rank], Vh[:rank]
-    # Drawn on the CPU, so that every device starts from the same directions.
-    Q = torch.randn(M.shape[1], wide, generator=torch.Generator().manual_seed(seed), device="cpu").to(M)
-    before, held = -1.0, 0.0
-    while held - before > 1e-3 * held:
-        Z = M.mT @ torch.linalg.qr(M @ Q).Q
-        Q, before, held = torch.linalg.qr(Z).Q, held, Z.square().sum().item()
-    U, S, Vh = torch.linalg.svd(M @ Q, full_matrices=False)
-    return U[:, :rank], S[:rank], Vh[:rank] @ Q.mT
-
-
-def extract_adapter(name: str, model: BaseModel, base: BaseModel, extraction: Extraction) -> Adapter:
+def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extraction: Extraction) -> Adapter:
     """A full model as an adapter whose modules and changes have the names of the base's tensors; reads headers only.
 
     Linear weights, and those of each expert, become low-rank updates.  Norms, biases, embeddings, heads and whatever
@@ -194,7 +174,7 @@ def log_kept(adapter: Adapter) -> None:
     )
 
 
-def _same_tensors(name: str, model: BaseModel, base: BaseModel) -> dict[str, str]:
+def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[str, str]:
     """`{base tensor: tensor of the model}`; a head that is tied to the embedding may be stored or not."""
     if base.config and model.tied != base.tied:
         tied = name if model.tied else f"the base {base.name}"
@@ -215,7 +195,7 @@ def _same_tensors(name: str, model: BaseModel, base: BaseModel) -> dict[str, str
     return source
 
 
-def _refuse_shape(name: str, tensor: str, model: BaseModel, base: BaseModel):
+def _refuse_shape(name: str, tensor: str, model: ModelTensors, base: ModelTensors):
     here, there = model.shapes[tensor], base.shapes[tensor]
     vocabulary = tensor.endswith(HEADS + EMBEDDINGS) and here[1:] == there[1:]
     way_out = (

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.base.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.errors import InputError
 
 _PARTS = ("lora_a", "lora_b", "m")
@@ -54,6 +54,6 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
             raise InputError(f"{file}: {module} has only {', '.join(found)}; the file is incomplete")
         if any(found[side].ndim != 2 for side in ("lora_a", "lora_b")):
             raise InputError(f"{file}: the factors of {module} are no matrices; fuse it with mlx_lm.fuse first")
-        A, B = as_matrices(found["lora_a"].mT, found["lora_b"].mT, module, file)
-        modules[module] = LoraModule(A, B, scale, magnitude=found["m"].flatten() if "m" in found else None)
+        B, A = as_matrices(found["lora_b"].mT, found["lora_a"].mT, module, file)
+        modules[module] = LoraModule(B, A, scale, magnitude=found["m"].flatten() if "m" in found else None)
     return Adapter(name, config["model"], modules)

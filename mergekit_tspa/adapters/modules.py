@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters.factors import LoraFactors
+from mergekit_tspa.updates import LoraFactors
 
 
 @dataclass(eq=False)
@@ -28,8 +28,8 @@ class BasePart:
 class LoraModule(NamedTuple):
     """The update of one weight as stored: factors in the file's dtype, and how to read them."""
 
-    A: Tensor  # (r, d_in)
     B: Tensor  # (d_out, r)
+    A: Tensor  # (r, d_in)
     scale: float = 1.0
     transposed: bool = False  # the base stores (d_in, d_out), as embeddings and GPT-2's Conv1D do
     embedding: bool = False
@@ -49,7 +49,7 @@ class LoraModule(NamedTuple):
 
     def factors(self, dtype: torch.dtype, device: torch.device | str | None) -> LoraFactors:
         """`scale B A` in the base's orientation, less what was taken out of the base."""
-        A, B = self.A.to(device, dtype), self.B.to(device, dtype)
+        B, A = self.B.to(device, dtype), self.A.to(device, dtype)
         factors = LoraFactors(*((A.T, B.T) if self.transposed else (B, A))).scaled(self.scale)
         if self.base_part is None:
             return factors

@@ -20,9 +20,9 @@ from torch import Tensor
 from mergekit_tspa.adapters import experts
 from mergekit_tspa.adapters.adapter import Adapter
 from mergekit_tspa.adapters.altered import olora_part, pissa_part
-from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
-from mergekit_tspa.adapters.names import strip_prefixes
+from mergekit_tspa.base.files import as_matrices, check_config, check_values, find_weights, read_tensors
+from mergekit_tspa.base.names import strip_prefixes
 from mergekit_tspa.errors import InputError
 
 LOG = logging.getLogger(__name__)
@@ -191,10 +191,10 @@ def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> t
 def _read_module(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> LoraModule:
     """LoRA, DoRA or BD-LoRA on a linear layer, a convolution or an embedding; on a base that may be altered."""
     embedding = "embedding_A" in parts or "embedding_B" in parts
-    A, B = _pair(module, parts, "embedding_" if embedding else "", file)
+    B, A = _pair(module, parts, "embedding_" if embedding else "", file)
     if blocks := config.get("use_bdlora"):
-        A, B = _expanded(module, A, B, blocks, file)
-    A, B = as_matrices(A, B, module, file)
+        B, A = _expanded(module, B, A, blocks, file)
+    B, A = as_matrices(B, A, module, file)
     rank = _setting(config, "rank_pattern", "r", module, file)
     if rank != A.shape[0]:
         raise InputError(
@@ -208,8 +208,8 @@ def _read_module(module: str, parts: Mapping[str, Tensor], config: Mapping[str, 
             f"{file}: {module} has no lora_magnitude_vector, but adapter_config.json says DoRA; the file is incomplete"
         )
     return LoraModule(
-        A,
         B,
+        A,
         scale,
         transposed=embedding or bool(config.get("fan_in_fan_out")),
         embedding=embedding,
@@ -222,7 +222,7 @@ def _read_experts(
     parameter: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
 ) -> dict[str, LoraModule]:
     """`{parameter[expert]: factors}`."""
-    A, B = as_matrices(*_pair(parameter, parts, "", file), parameter, file)
+    B, A = as_matrices(*_pair(parameter, parts, "", file), parameter, file)
     rank = _setting(config, "rank_pattern", "r", parameter, file)
     if A.shape[0] % rank:
         raise InputError(
@@ -230,8 +230,8 @@ def _read_experts(
             "adapter_config.json says; restore the configuration it was saved with"
         )
     scale = _scale(config, parameter, rank, file)
-    pairs = experts.unpack(A, B, rank, config["lora_B_layout"])
-    return {f"{parameter}[{expert}]": LoraModule(A, B, scale) for expert, (A, B) in enumerate(pairs)}
+    pairs = experts.unpack(B, A, rank, config["lora_B_layout"])
+    return {f"{parameter}[{expert}]": LoraModule(B, A, scale) for expert, (B, A) in enumerate(pairs)}
 
 
 def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tuple[Tensor, Tensor]:
@@ -241,10 +241,10 @@ def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tu
                 f"{file}: {module} has {', '.join(f'lora_{part}' for part in parts)} but no lora_{kind}{side}; "
                 "the file is incomplete"
             )
-    return parts[f"{kind}A"], parts[f"{kind}B"]
+    return parts[f"{kind}B"], parts[f"{kind}A"]
 
 
-def _expanded(module: str, A: Tensor, B: Tensor, blocks: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor]:
+def _expanded(module: str, B: Tensor, A: Tensor, blocks: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor]:
     """BD-LoRA: the file holds the blocks of a block-diagonal factor one below the other."""
     if A.ndim != 2 or B.ndim != 2:
         raise InputError(f"{file}: the factors of {module} are no matrices, as BD-LoRA's are; save the adapter again")
@@ -255,7 +255,7 @@ def _expanded(module: str, A: Tensor, B: Tensor, blocks: Mapping[str, Any], file
             return torch.block_diag(*factor.chunk(blocks["nblocks"]))
         return factor
 
-    return expand(A, "target_modules_bd_a"), expand(B, "target_modules_bd_b")
+    return expand(B, "target_modules_bd_b"), expand(A, "target_modules_bd_a")
 
 
 def _base_part(config: Mapping[str, Any], rank: int, scale: float) -> BasePart | None:

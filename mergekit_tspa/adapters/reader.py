@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import read_config
 from mergekit_tspa.adapters.mlx_format import read_mlx
 from mergekit_tspa.adapters.peft_format import read_peft
+from mergekit_tspa.base.files import read_config
 
 _KINDS = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "use_bdlora": "BD-LoRA", "fine_tune_type": "mlx-lm"}
 

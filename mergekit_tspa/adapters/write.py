@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mergekit_tspa.adapters.factors import LoraFactors
-from mergekit_tspa.adapters.files import CONFIG_FILE
 from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.base.files import CONFIG_FILE
+from mergekit_tspa.updates import LoraFactors
 
 
 def write_adapter(

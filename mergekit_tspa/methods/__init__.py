@@ -1,14 +1,13 @@
 """The method table.  A file per family; each ends in its rows."""
 
-from mergekit_tspa.methods.base import Method, Parameters, Report, WeightInputs
+from mergekit_tspa.methods.compose import SPACE_RULE_METHODS
 from mergekit_tspa.methods.factor_linear import factor_linear_method
 from mergekit_tspa.methods.lora_lego import lora_lego_method
+from mergekit_tspa.methods.method import Method
 from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
 from mergekit_tspa.methods.rotation import rotation_method
-from mergekit_tspa.methods.space_rule import SPACE_RULE_METHODS
 from mergekit_tspa.methods.svd_cur import svd_cur_method
 from mergekit_tspa.methods.tspa import TSPA_METHODS
-from mergekit_tspa.methods.update import Changed, Dense, Dora, LowRank, MergedUpdate
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -23,15 +22,4 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = [
-    "METHODS",
-    "Changed",
-    "Dense",
-    "Dora",
-    "LowRank",
-    "MergedUpdate",
-    "Method",
-    "Parameters",
-    "Report",
-    "WeightInputs",
-]
+__all__ = ["METHODS", "Method"]

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.methods.base import Method, OneByOneParameters, one_by_one
+from mergekit_tspa.methods.inputs import OneByOneParameters
+from mergekit_tspa.methods.method import LARGEST_RANK, Method, one_by_one
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.factor import encode
+from mergekit_tspa.updates import LoraFactors
 
 
 def factor_linear(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
@@ -25,7 +26,7 @@ factor_linear_method = Method(
     summary="factors summed apart, as PEFT's `linear`; contains cross terms",
     paper="PEFT",
     url="https://huggingface.co/docs/peft/developer_guides/model_merging",
-    output="largest rank",
+    result=LARGEST_RANK,
     merge=one_by_one(lambda w: factor_linear(w.factors, w.weights)),
     parameters=OneByOneParameters,
 )

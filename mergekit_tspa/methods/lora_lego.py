@@ -8,11 +8,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.adapters.factors import nonzero
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.base import Method, OneByOneParameters, WeightPlan, one_by_one
-from mergekit_tspa.methods.update import LowRank
+from mergekit_tspa.methods.inputs import OneByOneParameters, Planned
+from mergekit_tspa.methods.method import Method, ResultRank, one_by_one
+from mergekit_tspa.updates import LoraFactors, LowRank, nonzero
 
 
 class LegoParameters(OneByOneParameters):
@@ -80,7 +79,7 @@ def _balanced(f: LoraFactors) -> LoraFactors:
     return LowRank(*f).rebuilt(U[:, :k] * sign.mT, S[:k], sign * Vh[:k])
 
 
-def _check_clusters(plans: Sequence[WeightPlan]) -> None:
+def _check_clusters(plans: Sequence[Planned]) -> None:
     """Weights that fewer adapters touch may have fewer units; at least one must have as many as asked for."""
     asked = [plan for plan in plans if plan.parameters.clusters is not None]
     units = max((sum(plan.ranks) for plan in asked), default=0)
@@ -91,13 +90,14 @@ def _check_clusters(plans: Sequence[WeightPlan]) -> None:
         )
 
 
+CLUSTERS = ResultRank("clusters", lambda ranks, p: sum(ranks), exact=False)
 lora_lego_method = Method(
     name="lora_lego",
     title="LoRA-LEGO",
     summary="rank-one units of all adapters clustered by k-means, a merged unit per cluster",
     paper="Zhao et al., 2024",
     url="https://arxiv.org/abs/2409.16167",
-    output="clusters",
+    result=CLUSTERS,
     merge=one_by_one(
         lambda w: lora_lego(
             w.factors,

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.adapters.factors import nonzero
+from mergekit_tspa.updates import LoraFactors, nonzero
 
 
 def pico(factors: Sequence[LoraFactors]) -> list[LoraFactors]:

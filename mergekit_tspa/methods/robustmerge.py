@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.adapters.factors import nonzero
-from mergekit_tspa.methods.base import Method, OneByOneParameters, one_by_one
+from mergekit_tspa.methods.inputs import OneByOneParameters
+from mergekit_tspa.methods.method import LARGEST_RANK, SUM_OF_RANKS, Method, one_by_one
+from mergekit_tspa.updates import LoraFactors, nonzero
 
 
 class RobustMergeParameters(OneByOneParameters):
@@ -83,7 +83,7 @@ ROBUSTMERGE_METHODS = (
         name="robustmerge",
         title="RobustMerge",
         summary="pruned factors, rank directions weighed by what they lost, updates summed",
-        output="sum of ranks",
+        result=SUM_OF_RANKS,
         merge=one_by_one(lambda w: robustmerge(w.factors, w.weights, **w.parameters.own())),
         parameters=RobustMergeParameters,
         **_PAPER,
@@ -92,7 +92,7 @@ ROBUSTMERGE_METHODS = (
         name="robustmerge_code",
         title="RobustMerge, as its code does it",
         summary="pruned and weighed factors summed apart, for equal ranks; contains cross terms",
-        output="largest rank",
+        result=LARGEST_RANK,
         merge=one_by_one(lambda w: robustmerge_code(w.factors, w.weights, **w.parameters.own())),
         parameters=RobustMergeCodeParameters,
         equal_ranks=True,

@@ -6,12 +6,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.adapters.factors import nonzero
 from mergekit_tspa.alignment.procrustes import match
-from mergekit_tspa.methods.base import Method, OneByOneParameters, one_by_one
 from mergekit_tspa.methods.factor_linear import factor_linear
+from mergekit_tspa.methods.inputs import OneByOneParameters
+from mergekit_tspa.methods.method import LARGEST_RANK, Method, one_by_one
 from mergekit_tspa.spaces.factor import encode
+from mergekit_tspa.updates import LoraFactors, nonzero
 
 
 class RotationParameters(OneByOneParameters):
@@ -48,7 +48,7 @@ rotation_method = Method(
     summary="factors of each adapter turned towards one adapter's, then summed; contains cross terms",
     paper="after Zhang et al., 2025",
     url="https://arxiv.org/abs/2502.00264",
-    output="largest rank",
+    result=LARGEST_RANK,
     merge=one_by_one(lambda w: rotation(w.factors, w.weights, **w.parameters.own())),
     parameters=RotationParameters,
 )

@@ -9,9 +9,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.base import OneByOneParameters, Parameters
+from mergekit_tspa.methods.inputs import OneByOneParameters, Parameters
 from mergekit_tspa.rules.emr import rescalers, unify
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.rules.pcb import clamp_positions, clamped, pcb, score_positions, scores
@@ -19,6 +18,7 @@ from mergekit_tspa.rules.select import order_statistics
 from mergekit_tspa.rules.sparsify import drop, kept_from, magnitude_drop, outlier_bounds, trim, trim_outliers
 from mergekit_tspa.rules.spectral import cart, iso, tsv
 from mergekit_tspa.rules.ties import elect_and_merge
+from mergekit_tspa.updates import LoraFactors
 
 # Entries of each update that an elementwise rule looks at in one go: few beside a weight, even of many adapters, on a
 # CPU; many for a GPU, which would wait for the next call otherwise.

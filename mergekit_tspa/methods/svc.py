@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.adapters.factors import nonzero
-from mergekit_tspa.methods.update import Dense, LowRank
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank, nonzero
 
 ROUNDING = 1e-6  # of float32 factors; an adapter's smaller response to a direction is none
 

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.methods.base import Method, OneByOneParameters, one_by_one
-from mergekit_tspa.methods.update import LowRank
+from mergekit_tspa.methods.inputs import OneByOneParameters
+from mergekit_tspa.methods.method import Method, ResultRank, one_by_one
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.updates import LoraFactors, LowRank
 
 Select = Literal["deim", "leverage", "norm"]
 Combine = Literal["residual", "interpolate"]
@@ -92,13 +92,14 @@ def choose(U: Tensor, S: Tensor, c: int, select: Select) -> list[int]:
     return rows[:c]
 
 
+K_AND_ROWS = ResultRank("k + n c", lambda ranks, p: sum(ranks), exact=False)
 svd_cur_method = Method(
     name="svd_cur",
     title="SVD + CUR",
     summary="shared singular directions, a few rows and columns of each adapter; reconstructed from the abstract",
     paper="after Lu et al., Findings of ACL 2026",
     url="https://aclanthology.org/2026.findings-acl.261/",
-    output="k + n c",
+    result=K_AND_ROWS,
     merge=one_by_one(lambda w: svd_cur(w.factors, w.weights, **w.parameters.own())),
     parameters=SvdCurParameters,
 )

@@ -1,20 +1,19 @@
 """The method table as text: what `mergekit-tspa methods` and the README show."""
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.base import Method, OneByOneParameters, Parameters
+from mergekit_tspa.methods.compose import FACTOR_RULES, SPACES
+from mergekit_tspa.methods.inputs import OneByOneParameters, Parameters
+from mergekit_tspa.methods.method import Method
 from mergekit_tspa.methods.rules import RULES
-from mergekit_tspa.methods.space_rule import FACTOR_RULES, SPACES
 
 _COMMON = {(field.description, field.default) for field in OneByOneParameters.model_fields.values()}
-_RANKS = {"parameter rank": "`rank`", "dense": "full (dense)"}
 
 
 class Section(NamedTuple):
@@ -57,7 +56,7 @@ def sections() -> list[Section]:
                 (
                     f"`{space.name}_`",
                     space.summary,
-                    _RANKS.get(space.output, space.output),
+                    space.result.label,
                     _parameters(space.parameters),
                     _paper(space.paper, space.url) if space.paper else "-",
                 )
@@ -96,7 +95,7 @@ def find(name: str) -> Method:
         InputError: there is none of that name.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=3)
+        near = nearest(name, METHODS, n=3)
         raise InputError(f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else ""))
     return METHODS[name]
 
@@ -109,7 +108,7 @@ def about(name: str) -> str:
     """
     method = find(name)
     lines = [f"**{method.name}**: {method.title}", "", f"{method.summary}. {_paper(method.paper, method.url)}", ""]
-    lines += [f"- needs: {_needs(method)}", f"- rank of the result: {_RANKS.get(method.output, method.output)}"]
+    lines += [f"- needs: {_needs(method)}", f"- rank of the result: {method.result.label}"]
     lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
     lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
     return "\n".join(lines)
@@ -154,7 +153,7 @@ def _method_row(method: Method) -> tuple[str, ...]:
         f"`{method.name}`",
         method.summary,
         _needs(method),
-        _RANKS.get(method.output, method.output),
+        method.result.label,
         _parameters(method.parameters),
         _paper(method.paper, method.url),
     )

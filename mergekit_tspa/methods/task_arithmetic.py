@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.updates import LoraFactors
 
 
 def task_arithmetic(factors: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:

@@ -11,14 +11,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
 from mergekit_tspa.alignment.lora import align_lora
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.attention import Pair, align_pairs
-from mergekit_tspa.methods.base import Merged, Method, Parameters, Progress, Report, WeightInputs
-from mergekit_tspa.methods.update import LowRank
+from mergekit_tspa.methods.inputs import Pair, Parameters, Progress, TensorInputs
+from mergekit_tspa.methods.method import LARGEST_RANK, Merged, Method
+from mergekit_tspa.methods.pairs import align_pairs
+from mergekit_tspa.methods.report import Report
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.factor import encode
+from mergekit_tspa.updates import LoraFactors, LowRank
 
 _STEPS = {"ge": 0, "le": 1_000_000}
 _RATE = {"gt": 0, "le": 1, "allow_inf_nan": False}
@@ -70,7 +71,7 @@ def sum_aligned(
     return LoraFactors(weighted_sum(B @ R, weights * s), weighted_sum(R.mT @ A, weights / s))
 
 
-def sum_factors(inputs: Sequence[WeightInputs]) -> list[LowRank]:
+def sum_factors(inputs: Sequence[TensorInputs]) -> list[LowRank]:
     """The plain factor sum, `R = I` and `s = 1`."""
     updates = []
     for w in inputs:
@@ -81,8 +82,8 @@ def sum_factors(inputs: Sequence[WeightInputs]) -> list[LowRank]:
     return updates
 
 
-def align_weights(
-    inputs: Sequence[WeightInputs], originals: Sequence[WeightInputs], progress: Progress
+def align_tensors(
+    inputs: Sequence[TensorInputs], originals: Sequence[TensorInputs], progress: Progress
 ) -> tuple[list[LowRank], list[Report]]:
     """Stage 2 for many weights; those of equal adapter count, rank and parameters are one batch.
 
@@ -135,28 +136,28 @@ def _inner(B: Tensor, C: Tensor) -> Tensor:
     return torch.einsum("tdi,udj->tuij", B, C)
 
 
-def tspa(inputs: Sequence[WeightInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+def tspa(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
     """Both stages."""
     aligned, reports = align_pairs(pairs, inputs, progress)
-    updates, more = align_weights(aligned, inputs, progress)
+    updates, more = align_tensors(aligned, inputs, progress)
     return Merged(updates, reports + more)
 
 
-def tspa_attention(inputs: Sequence[WeightInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+def tspa_attention(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
     """Stage 1 alone (also of the pairwise original); weights outside attention get the plain factor sum."""
     aligned, reports = align_pairs(pairs, inputs, progress)
     return Merged(sum_factors(aligned), reports)
 
 
-def tspa_lora(inputs: Sequence[WeightInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+def tspa_lora(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
     """Stage 2 alone."""
-    return Merged(*align_weights(inputs, inputs, progress))
+    return Merged(*align_tensors(inputs, inputs, progress))
 
 
 _PAPER = {
     "paper": "Li et al., Findings of ACL 2026",
     "url": "https://openreview.net/forum?id=iE0dWuv6jU",
-    "output": "largest rank",
+    "result": LARGEST_RANK,
     "min_weight": 0.0,
     "solves": True,
     "drops_zeros": False,  # the mean it aims at counts every adapter

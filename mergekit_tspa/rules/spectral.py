@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 from mergekit_tspa.rules.linear import weighted_sum
 
 

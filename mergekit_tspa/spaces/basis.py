@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.updates import LoraFactors
 
 
 class Basis(NamedTuple):

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank, product_svd
 from mergekit_tspa.spaces.basis import Basis
-from mergekit_tspa.spaces.cores import cores, svd
+from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.updates import LoraFactors
 
 
 def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
@@ -24,7 +24,7 @@ def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
 
 def balanced(f: LoraFactors) -> LoraFactors:
     """`(U sqrt(S), sqrt(S) V^T)` of the update's SVD `U S V^T`, the same whatever factors it came in."""
-    U, S, Vh = svd(f)
+    U, S, Vh = product_svd(*f)
     root = S.sqrt()
     return LoraFactors(U * root, root[:, None] * Vh)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.updates import LoraFactors
 
 
 class Cores(NamedTuple):
@@ -29,10 +29,3 @@ def cores(factors: Sequence[LoraFactors]) -> Cores:
     Q_B, R_B = torch.linalg.qr(torch.cat([f.B for f in factors], dim=1).double())
     Q_A, R_A = torch.linalg.qr(torch.cat([f.A for f in factors]).double().mT)
     return Cores(Q_B, Q_A, R_B.split(ranks, dim=1), R_A.split(ranks, dim=1))
-
-
-def svd(f: LoraFactors) -> tuple[Tensor, Tensor, Tensor]:
-    """`U (d_out, k)`, `S (k,)`, `V^T (k, d_in)` of one update in float64, by an SVD of its core."""
-    c = cores([f])
-    U, S, Vh = torch.linalg.svd(c.C[0], full_matrices=False)
-    return c.Q_B @ U, S, Vh @ c.Q_A.mT

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
 from mergekit_tspa.spaces.basis import Basis
 from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.updates import LoraFactors
 
 
 def ctm(factors: Sequence[LoraFactors], rank: int, beta: float = 0.0) -> Basis:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import LoraFactors
+from mergekit_tspa.updates import LoraFactors
 
 
 def encode(factors: Sequence[LoraFactors]) -> tuple[Tensor, Tensor]:

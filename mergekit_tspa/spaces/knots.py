@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_tspa.adapters import LoraFactors
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 from mergekit_tspa.spaces.basis import Basis
 from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.updates import LoraFactors
 
 
 def knots(factors: Sequence[LoraFactors]) -> Basis:

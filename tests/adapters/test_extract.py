@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mergekit_tspa import InputError
-from mergekit_tspa.adapters import BaseModel, Extraction, extract_adapter, log_kept
+from mergekit_tspa.adapters import Extraction, extract_adapter, log_kept
 from mergekit_tspa.adapters.extract import leading_triplets
+from mergekit_tspa.base.tensors import ModelTensors
 from tests.conftest import relative_error
 
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm.weight"
@@ -28,8 +29,8 @@ def base():
 
 
 def extract(base, changed, config=None, base_config=None, **extraction):
-    full = BaseModel.of("full", base | changed, config)
-    return extract_adapter("full", full, BaseModel.of("base", base, base_config), Extraction(**extraction))
+    full = ModelTensors.of("full", base | changed, config)
+    return extract_adapter("full", full, ModelTensors.of("base", base, base_config), Extraction(**extraction))
 
 
 def test_factors_are_those_of_the_difference(base):
@@ -56,7 +57,7 @@ def test_nothing_is_read_before_it_is_asked_for(base):
     def read(tensor):
         raise AssertionError(tensor)
 
-    sides = (BaseModel(n, {name: tuple(t.shape) for name, t in base.items()}, read=read) for n in ("full", "base"))
+    sides = (ModelTensors(n, {name: tuple(t.shape) for name, t in base.items()}, read=read) for n in ("full", "base"))
     adapter = extract_adapter("full", *sides, Extraction())
     assert adapter.modules[Q].rank == 32
     with pytest.raises(AssertionError, match="q_proj"):
@@ -130,7 +131,9 @@ def test_tied_embeddings(base):
         adapter = extract(before, changed, tied, tied)
         assert adapter.changes.keys() == before.keys() & {NORM, EMBED, HEAD}
     full = {name: new if name == EMBED else tensor for name, tensor in base.items()}
-    adapter = extract_adapter("full", BaseModel.of("full", full, tied), BaseModel.of("b", stored, tied), Extraction())
+    adapter = extract_adapter(
+        "full", ModelTensors.of("full", full, tied), ModelTensors.of("b", stored, tied), Extraction()
+    )
     assert torch.equal(adapter.changes[HEAD].difference(stored[HEAD]), new - stored[HEAD])
 
 
@@ -150,6 +153,6 @@ def test_bad_inputs(base):
             extract(base, changed, here, config)
     with pytest.raises(InputError, match=r"1 tensors of base are not in full, model\.norm\.weight"):
         less = {name: tensor for name, tensor in base.items() if name != NORM}
-        extract_adapter("full", BaseModel.of("full", less), BaseModel.of("base", base), Extraction())
+        extract_adapter("full", ModelTensors.of("full", less), ModelTensors.of("base", base), Extraction())
     with pytest.raises(InputError, match=r"q_proj\.weight.*NaN"):
         extract(base, {weight: base[weight] * torch.nan}).factors(Q)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from mergekit_tspa import InputError, read_adapter
-from mergekit_tspa.adapters import BaseModel, Checkpoint
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import ModelTensors
 
 MODULE = "model.layers.0.self_attn.q_proj"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
@@ -69,7 +70,7 @@ def adapter(tmp_path) -> Path:
 
 
 def read_and_fit(path: Path) -> None:
-    adapter, tensors = read_adapter(path).fit(BaseModel.of("the base", BASE, {"tie_word_embeddings": False}))
+    adapter, tensors = read_adapter(path).fit(ModelTensors.of("the base", BASE, {"tie_word_embeddings": False}))
     for module in tensors.values():
         adapter.factors(module)
 

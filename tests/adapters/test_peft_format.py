@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergekit_tspa import InputError, read_adapter
-from mergekit_tspa.adapters import Adapter, BaseModel, Checkpoint
-from mergekit_tspa.adapters.names import strip_prefixes
+from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.names import strip_prefixes
+from mergekit_tspa.base.tensors import ModelTensors
 from tests.conftest import base_tensors, peft_merged, relative_error, save_adapter
 
 PATTERNS = {"r": 4, "rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 5}}
@@ -30,7 +32,7 @@ def check_against_peft(base, adapter):
     """`W + B A` of every touched tensor equals PEFT's merge, and every other tensor is untouched."""
     before, after = base_tensors(base), peft_merged(base, adapter)
     read = read_adapter(adapter)
-    read, tensors = read.fit(BaseModel.of("base", {k: v for k, v in before.items() if k != "lm_head.weight"}))
+    read, tensors = read.fit(ModelTensors.of("base", {k: v for k, v in before.items() if k != "lm_head.weight"}))
     assert tensors
     for name, W in before.items():
         if name in tensors:
@@ -61,7 +63,7 @@ def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
     adapter = save_adapter(tmp_path / "gpt2", tmp_path / "a", target_modules=targets, save_embedding_layers=False)
     edit_config(adapter, fan_in_fan_out=flag)
     before, after = base_tensors(tmp_path / "gpt2"), peft_merged(tmp_path / "gpt2", adapter)
-    read, tensors = read_adapter(adapter).fit(BaseModel.of("base", before, config.to_dict()))
+    read, tensors = read_adapter(adapter).fit(ModelTensors.of("base", before, config.to_dict()))
     assert len(tensors) == (2 if "lm_head" not in targets else 5)
     for name, module in tensors.items():
         assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
@@ -69,9 +71,9 @@ def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
 
 def test_heads_that_are_tied_are_refused():
     adapter = Adapter.from_factors("a", {"lm_head": (torch.ones(9, 2), torch.ones(2, 4))})
-    assert adapter.fit(BaseModel("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": False}))
+    assert adapter.fit(ModelTensors("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": False}))
     with pytest.raises(InputError, match="ties embedding and head"):
-        adapter.fit(BaseModel("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": True}))
+        adapter.fit(ModelTensors("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": True}))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -124,7 +126,7 @@ def test_bin_files_run_no_code(llama, tmp_path):
 )
 def test_key_prefixes(old, new, llama, tmp_path):
     adapter = save_adapter(llama, tmp_path / "a")
-    base = BaseModel.of("base", base_tensors(llama))
+    base = ModelTensors.of("base", base_tensors(llama))
     plain = read_adapter(adapter).fit(base)[1]
     file = adapter / "adapter_model.safetensors"
     renamed = {k.replace(old, new): v for k, v in load_file(file).items()}
@@ -139,7 +141,7 @@ def test_names():
     assert strip_prefixes("base_model.model._orig_mod.a.b") == "a.b"
 
     def find(name, *tensors):
-        return BaseModel("b", dict.fromkeys(tensors, (1, 1))).match([name], "a")[name]
+        return ModelTensors("b", dict.fromkeys(tensors, (1, 1))).match([name], "a")[name]
 
     tensors = ["language_model.model.layers.0.q.weight", "vision.layers.0.q.weight", "lm_head.weight"]
     assert find("model.language_model.model.layers.0.q.weight", *tensors) == tensors[0]
@@ -254,4 +256,4 @@ def test_shape_of_another_base(adapters):
     adapter = read_adapter(adapters[0])
     shapes = {f"{module}.weight": (63, 64) for module in adapter.modules}
     with pytest.raises(InputError, match=r"shape \(64, 64\).*has \(63, 64\)"):
-        adapter.fit(BaseModel("other", shapes))
+        adapter.fit(ModelTensors("other", shapes))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mergekit_tspa import METHODS, LoraFactors, merge_adapters
-from mergekit_tspa.methods.base import OneByOneParameters
+from mergekit_tspa.methods.inputs import OneByOneParameters
 from tests.conftest import relative_error
 from tests.methods.test_closed_forms import KEEPS_ALL, random_factors, rule_of
 
@@ -55,14 +55,14 @@ def test_finite(method, options, case):
     factors = CASES[case]
     r, n = factors[0].rank, len(factors)
     bound = {"largest rank": r, "sum of ranks": n * r, "clusters": r, "k + n c": r + n * max(1, r // 2)}
-    bound |= {"parameter rank": r, "dense": max(factors[0].shape)}
+    bound |= {"`rank`": r, "full (dense)": max(factors[0].shape)}
     for modifiers in MODIFIERS:
         if method.endswith("_iso") and "svc" in modifiers:
             continue  # refused: equal singular values leave nothing to calibrate
         update = merge(method, factors, **options, **modifiers)
         assert update.dense().shape == factors[0].shape
         assert all(x.isfinite().all() and x.dtype == torch.float32 for x in update)
-        assert 1 <= update.rank <= bound[METHODS[method].output]
+        assert 1 <= update.rank <= bound[METHODS[method].result.label]
 
 
 @pytest.mark.parametrize("modifiers", MODIFIERS)

@@ -7,7 +7,7 @@ from mergekit_tspa import LoraFactors, merge_adapters
 from mergekit_tspa.methods.pico import at_mean_norm, pico
 from mergekit_tspa.methods.svc import svc
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
-from mergekit_tspa.methods.update import LowRank
+from mergekit_tspa.updates import LowRank
 from tests.conftest import relative_error
 from tests.methods.test_closed_forms import random_factors
 

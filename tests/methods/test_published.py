@@ -193,14 +193,14 @@ def test_ties_then_iso_in_core_space():
 def test_emr_masks_and_scales(case):
     """The authors' scale is a ratio of sums over tensors, so it is the same for all of them."""
     from mergekit_tspa.methods import METHODS
-    from mergekit_tspa.methods.base import WeightInputs
-    from mergekit_tspa.methods.emr import task_update, unpack_bits
+    from mergekit_tspa.methods.emr_records import task_update, unpack_bits
+    from mergekit_tspa.methods.inputs import TensorInputs
 
     outputs, _ = published(f"emr.{case}")
     method = METHODS["lora_emr"]
     parameters = method.bind({"scope": "model"})
     names = [object() for _ in range(4)]
-    inputs = [WeightInputs(layer, factors(case, layer), [1.0] * 4, parameters, names) for layer in LAYERS]
+    inputs = [TensorInputs(layer, factors(case, layer), [1.0] * 4, parameters, names) for layer in LAYERS]
     survey = method.survey(lambda: iter(inputs))
     scales = torch.stack([survey[name][0] for name in names])
     assert relative_error(scales, outputs["out.rescalers"]) < ELEMENTWISE

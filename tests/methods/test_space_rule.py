@@ -8,8 +8,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from mergekit_tspa import METHODS, InputError, LoraFactors, merge_adapters
-from mergekit_tspa.cli import main
-from mergekit_tspa.methods import rules, space_rule
+from mergekit_tspa.commands.main import main
+from mergekit_tspa.methods import compose as space_rule
+from mergekit_tspa.methods import rules
 from tests.conftest import merge, recipe, relative_error, run, save_adapter
 
 LOSSLESS = ("lora", "knots", "core")
@@ -84,9 +85,9 @@ def test_independent_of_the_gauge(method):
 @pytest.mark.parametrize("method", COMBINATIONS)
 def test_output_rank_is_the_promised_one(method):
     update = merge_adapters(method, draw([3, 4]))["m"]
-    promised = {"dense": 14, "sum of ranks": 7, "parameter rank": 4}[METHODS[method].output]
+    promised = {"full (dense)": 14, "sum of ranks": 7, "`rank`": 4}[METHODS[method].result.label]
     assert update.rank <= promised
-    assert (type(update).__name__ == "Dense") == (METHODS[method].output == "dense")
+    assert (type(update).__name__ == "Dense") == METHODS[method].result.dense
     if not METHODS[method].record or method.startswith("ctm"):
         assert merge_adapters(method, draw([3, 4]), rank=2)["m"].rank <= 2
 

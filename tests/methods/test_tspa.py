@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from mergekit_tspa import AttentionGeometry, InputError, merge_adapters, read_adapter
-from mergekit_tspa.adapters import Checkpoint
+from mergekit_tspa.base.checkpoint import Checkpoint
 from tests.conftest import relative_error, save_adapter, save_llama
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -4,8 +4,8 @@ import torch
 
 from mergekit_tspa import LoraFactors, merge_adapters
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.base import WeightInputs
 from mergekit_tspa.methods.factor_linear import factor_linear
+from mergekit_tspa.methods.inputs import TensorInputs
 from mergekit_tspa.methods.tspa import sum_aligned
 from mergekit_tspa.spaces.factor import encode
 from tests.conftest import relative_error
@@ -19,7 +19,7 @@ def solve(inputs):
 
 
 def merge(factors, weights=None, **parameters):
-    (update,) = solve([WeightInputs("w", factors, weights or [1.0] * len(factors), ROW.bind(parameters))])
+    (update,) = solve([TensorInputs("w", factors, weights or [1.0] * len(factors), ROW.bind(parameters))])
     return update
 
 
@@ -59,7 +59,7 @@ def test_weights_of_equal_shape_do_not_disturb_each_other():
     one, two = random_factors([3, 3], seed=1), random_factors([3, 3], seed=2)
     two = [LoraFactors(100 * f.B, f.A) for f in two]
     parameters = ROW.bind({"lora_steps": 200})
-    inputs = [WeightInputs(str(i), f, [1.0, 1.0], parameters) for i, f in enumerate((one, two))]
+    inputs = [TensorInputs(str(i), f, [1.0, 1.0], parameters) for i, f in enumerate((one, two))]
     for batched, factors in zip(solve(inputs), (one, two)):
         assert relative_error(batched.dense(), merge(factors, lora_steps=200).dense()) < 1e-9
 
@@ -68,9 +68,9 @@ def test_mixed_ranks_modules_and_parameters_come_back_in_order():
     f, g = random_factors([4, 2])
     small, big = ROW.bind({"lora_steps": 10}), ROW.bind({"lora_steps": 300})
     inputs = [
-        WeightInputs("a", [f, g], [1.0, 1.0], big),
-        WeightInputs("b", [g], [1.0], small),
-        WeightInputs("c", [f, g], [1.0, 0.5], small),
+        TensorInputs("a", [f, g], [1.0, 1.0], big),
+        TensorInputs("b", [g], [1.0], small),
+        TensorInputs("c", [f, g], [1.0, 0.5], small),
     ]
     a, b, c = solve(inputs)
     assert loss(a, [f, g]) < loss(merge([f, g], lora_steps=10), [f, g])

@@ -1,0 +1,1 @@
+"""The base model's side: checkpoints, names of tensors, and what is known of architectures."""

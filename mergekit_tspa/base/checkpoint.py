@@ -1,0 +1,95 @@
+"""A base checkpoint on disk as a mapping of tensors that are read when asked for."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mergekit_tspa.base.files import check_name, load_pickle, read_json, readable
+from mergekit_tspa.errors import InputError
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+# As safetensors and torch spell them.
+_QUANTISED = re.compile(r"^(I8|U8|F8\w*|F4|torch\.(u?int8|float8\w*))$")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face model directory, sharded or not, safetensors or `.bin`.
+
+    Args:
+        names: file names to look for, of the whole file or, followed by `.index.json`, of the index of its shards
+
+    Raises:
+        InputError: no weights there, a damaged header or index, or an index that points out of the directory.
+    """
+
+    def __init__(self, directory: str | Path, names: Sequence[str] = _SINGLE):
+        self.directory = Path(directory)
+        self._files = self._index(names)
+
+    def _index(self, names: Sequence[str]) -> dict[str, Path]:
+        for name in names:
+            index, single = self.directory / f"{name}.index.json", self.directory / name
+            if index.is_file():
+                weights = read_json(index).get("weight_map")
+                if not isinstance(weights, dict):
+                    raise InputError(f"{index}: has no weight_map; copy or save the checkpoint again")
+                return {check_name(tensor, index): self._shard(file, index) for tensor, file in weights.items()}
+            if single.is_file():
+                return {check_name(tensor, single): single for tensor in self._open(single).keys()}
+        raise InputError(f"{self.directory}: no {' or '.join(names)} there, whole or sharded")
+
+    def _shard(self, file: Any, index: Path) -> Path:
+        if not isinstance(file, str) or "\0" in file or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise InputError(f"{index}: {str(file)[:80]!r} is no file of this checkpoint; copy or save it again")
+        return self.directory / file
+
+    def _open(self, file: Path):
+        with readable(file):
+            return safe_open(file, framework="pt") if file.suffix == ".safetensors" else load_pickle(file, mmap=True)
+
+    def __getitem__(self, name: str) -> Tensor:
+        opened = self._open(file := self._files[name])
+        with readable(file):
+            return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @cached_property
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes, as safetensors or torch spell them, of all tensors."""
+        headers = {}
+        for file in dict.fromkeys(self._files.values()):
+            opened = self._open(file)
+            with readable(file):
+                for name in (name for name, owner in self._files.items() if owner == file):
+                    if isinstance(opened, dict):
+                        headers[name] = tuple(opened[name].shape), str(opened[name].dtype)
+                    else:
+                        tensor = opened.get_slice(name)
+                        headers[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+        return headers
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: shape for name, (shape, _) in self.headers.items()}
+
+    def quantised(self) -> set[str]:
+        """The tensors that hold integers or floats of 8 bits or fewer."""
+        return {name for name, (_, dtype) in self.headers.items() if _QUANTISED.match(dtype)}
+
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`, completed with the defaults of its model type where transformers knows it."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.directory, trust_remote_code=False).to_dict()
+        except Exception:
+            return read_json(self.directory / "config.json")

@@ -1,0 +1,286 @@
+"""From numbers to sentences: what is so, and what a person may do about it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from math import nan
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mergekit_tspa.insight.inspection import Inspection
+
+FIGHT, AGREE = -0.1, 0.1  # cosines of two updates, below and above which something is said of them
+CLEARLY = 1.05  # ratio of used ranks that is worth a word
+MANY = 0.1  # share of fights that is no exception any more
+LITTLE = 0.05  # share of the energy that cross terms may add or take away without a word
+SHARED_START = 0.5  # overlap of row spaces above which adapters are taken to share their initial A
+UNEQUAL = 1.5  # ratio of norms, or of what survives, that is worth a word
+COUNTED_TWICE = 1.2  # what survives of an adapter when it is counted more than once
+BASE_LOSS = 1.629
+LOSS = {  # nats per token of four example adapters of rank 8 merged, benchmarks/results/quality.md
+    "core_tsv": 1.307,
+    "tspa_lora": 1.345,
+    "lora_ties": 1.365,
+    "lora_task_arithmetic, weight 0.5": 1.378,
+    "tspa": 1.432,
+    "lora_task_arithmetic": 1.550,
+}
+SUMS_FACTORS = {  # methods that do worse than the base when the adapters share their initial A
+    "factor_linear": 5.994,
+    "factor_dare_linear": 6.442,
+    "factor_magnitude_prune": 2.315,
+    "rotation": 6.061,
+    "robustmerge_code": 2.328,
+    "tspa_pairwise": 5.996,
+}
+
+
+class Finding(NamedTuple):
+    """What is measured, and what follows from it, if anything does."""
+
+    fact: str
+    advice: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.fact} {self.advice}".strip()
+
+
+class Run(NamedTuple):
+    """Neighbouring layers in which two updates of one kind of module point together or apart."""
+
+    strength: float  # sum of |cosine|
+    t: int
+    u: int
+    kind: str
+    layers: list[int]
+    cosine: float  # mean
+    conflict: float  # mean share of opposite signs
+
+
+def findings(ins: Inspection) -> list[Finding]:
+    """About ten sentences, the most general first."""
+    found = [*_sizes(ins), *_ranks(ins)]
+    if len(ins.adapters) > 1:
+        found += [*_meeting(ins), *_start(ins), *_sum(ins), *_pulls(ins)]
+    if ins.merge:
+        found += [*_survival(ins), *_stages(ins)]
+    notes = [*ins.notes, *(ins.merge.notes if ins.merge else ())]
+    return found + [Finding(f"{note}.") for note in notes]
+
+
+def _sizes(ins: Inspection) -> Iterator[Finding]:
+    weighted = (ins.measures.norm * ins.weights).square().nansum(0).sqrt().tolist()
+    low, high = (weighted.index(end(weighted)) for end in (min, max))
+    names, smallest, largest = ins.names, weighted[low], weighted[high]
+    if len(names) == 1:
+        yield Finding(f"{names[0]} has norm {largest:.3g} over {len(ins.tensors)} weights{_largest_kind(ins)}.")
+    elif largest <= UNEQUAL * smallest:
+        yield Finding(
+            f"The {len(names)} adapters are of like size: norms {smallest:.3g} ({names[low]}) to {largest:.3g} "
+            f"({names[high]}), weights included."
+        )
+    else:
+        middle = sorted(weighted)[len(weighted) // 2]
+        equal = [f"{name} {a * middle / w:.2g}" for name, a, w in zip(names, _mean_weights(ins), weighted) if w]
+        ratio = f", {largest / smallest:.1f} times less" if smallest else ""
+        yield Finding(
+            f"{names[high]} is the largest, with norm {largest:.3g}, {names[low]} the smallest, with {smallest:.3g}"
+            f"{ratio}, weights included.",
+            "If all are to count alike, set weights "
+            + (f"to about {', '.join(equal)}." if len(equal) <= 8 else "in inverse proportion to the norms."),
+        )
+
+
+def _mean_weights(ins: Inspection) -> list[float]:
+    return ins.weights.nanmean(0).tolist()
+
+
+def _largest_kind(ins: Inspection) -> str:
+    energy = Counter()
+    for place, norm in zip(ins.places, ins.measures.norm[:, 0].tolist()):
+        energy[place.kind] += norm**2
+    (kind, most), *others = energy.most_common()
+    return f", {most / energy.total():.0%} of its energy in {kind}" if others and most else ""
+
+
+def _ranks(ins: Inspection) -> Iterator[Finding]:
+    ranks = ins.measures.rank.where(ins.measures.rank > 0, nan)
+    used = sorted(
+        (effective / rank, name, effective, rank)
+        for name, effective, rank in zip(
+            ins.names, *(v.nanmean(0).tolist() for v in (ins.measures.effective_rank, ranks))
+        )
+        if rank == rank
+    )
+    if used:
+        least, name, effective, rank = used[0]
+        least = ", less of it than any other" if len(used) > 1 and used[1][0] > CLEARLY * least else ""
+        yield Finding(f"{name} uses {effective:.1f} of its rank {rank:.3g} on average{least} (effective rank).")
+
+
+def _meeting(ins: Inspection) -> Iterator[Finding]:
+    met = ins.of_pairs(ins.shared).any(0).tolist()
+    apart = [pair for pair, meet in zip(ins.pairs, met) if not meet]
+    if len(apart) == len(ins.pairs):
+        yield Finding(
+            f"No two of the {len(ins.names)} adapters share a weight (0 of {len(ins.tensors)}): nothing is compared, "
+            "and they merge without touching each other."
+        )
+    elif apart:
+        named = "; ".join(f"{ins.names[t]} and {ins.names[u]}" for t, u in apart[:3])
+        yield Finding(f"{len(apart)} of {len(ins.pairs)} pairs share no weight: {named}{'; ..' * (len(apart) > 3)}.")
+
+
+def _start(ins: Inspection) -> Iterator[Finding]:
+    """Whether the adapters share their initial A."""
+    inputs, outputs = ins.pair_means(ins.measures.overlap_in), ins.pair_means(ins.measures.overlap_out)
+    if not inputs:
+        return
+    shared = [overlap for overlap in inputs.values() if overlap > SHARED_START]
+    if not shared:
+        read, written = (sum(overlaps.values()) / len(overlaps) for overlaps in (inputs, outputs))
+        yield Finding(
+            f"The adapters do not share an initial A: row spaces overlap by {read:.1%} (chance {ins.chance():.1%}), "
+            f"column spaces by {written:.1%}."
+        )
+        return
+    who = "All pairs" if len(shared) == len(inputs) else f"{len(shared)} of {len(inputs)} pairs"
+    fact = (
+        f"{who} read the same inputs, as after training from one initial A: row spaces overlap by "
+        f"{sum(shared) / len(shared):.0%} (chance {ins.chance():.1%})."
+    )
+    growth = ins.growth_apart()
+    grown = f"that makes {growth:.1f} times the norm of the sum here, and had" if growth else "that had"
+    low, high = min(SUMS_FACTORS.values()), max(SUMS_FACTORS.values())
+    losses = (
+        f"{grown} a loss of {low:.1f} to {high:.1f} nats on the example adapters (core_tsv {LOSS['core_tsv']}, the "
+        f"base alone {BASE_LOSS})."
+    )
+    if ins.merge is None:
+        yield Finding(fact, f"Do not sum factors apart ({', '.join(SUMS_FACTORS)}): {losses}")
+    elif ins.merge.method in SUMS_FACTORS:
+        yield Finding(fact, f"Take another method than {ins.merge.method}, which sums factors apart: {losses}")
+    else:
+        yield Finding(fact)
+
+
+def _sum(ins: Inspection) -> Iterator[Finding]:
+    ratio, cross = ins.total_interference()
+    if cross != cross or not ins.of_pairs(ins.shared).any():
+        return
+    orthogonal = ratio / (1 + cross) ** 0.5
+    fact = f"||sum|| is {ratio:.0%} of the sum of norms, against {orthogonal:.0%} if the adapters were orthogonal"
+    advice = ""
+    if abs(cross) <= LITTLE:
+        fact += f": over the whole model they neither add up nor cancel ({cross:+.2%} of energy)."
+    elif cross > 0:
+        fact += f": what they share is counted more than once ({cross:+.0%} of energy)."
+        advice = f"Lower the weights of a plain sum, or take core_tsv ({_losses('lora_task_arithmetic, weight 0.5')})."
+    else:
+        fact += f": they cancel ({cross:+.0%} of energy)."
+        advice = f"Elect signs or separate directions instead of a plain sum ({_losses('lora_ties')}), or merge fewer."
+    # What a recipe's method makes of it is measured, and said of what survives.
+    yield Finding(fact, "" if ins.merge else advice)
+
+
+def _losses(other: str) -> str:
+    plain = f"example adapters: plain sum {LOSS['lora_task_arithmetic']:.3f} nats"
+    other = f"{other.replace('lora_task_arithmetic, ', 'with ')} {LOSS[other]}"
+    return f"{plain}, {other}, core_tsv {LOSS['core_tsv']}"
+
+
+def _pulls(ins: Inspection) -> Iterator[Finding]:
+    values = ins.of_pairs(ins.pulls)
+    values = values[~values.isnan()]
+    if not len(values):
+        return
+    fights, least = int((values < FIGHT).sum()), values.min().item()
+    named: dict[tuple[int, int], Run] = {}
+    for run in runs(ins, lambda cosine: cosine < FIGHT):
+        named.setdefault((run.t, run.u), run)
+    first = list(named.values())[:2]
+    yield from (_fight(ins, run) for run in first)
+    if not fights:
+        yield Finding(
+            f"No two adapters fight: the smallest cosine of {len(values)} meetings in a weight is {least:.3f}."
+        )
+    elif fights > sum(len(run.layers) for run in first):
+        many = fights > MANY * len(values)
+        yield Finding(
+            f"{fights} of {len(values)} meetings in a weight are fights (cosine below {FIGHT}), the worst {least:.2f}.",
+            f"So many call for a method more than for weights ({_losses('lora_ties')})." if many else "",
+        )
+    if together := runs(ins, lambda cosine: cosine > AGREE):
+        run = together[0]
+        yield Finding(
+            f"{ins.names[run.t]} and {ins.names[run.u]} agree most, in {_where(run)}: mean cosine {run.cosine:.2f}, "
+            f"sign conflict {run.conflict:.0%} (chance 50%)."
+        )
+
+
+def _fight(ins: Inspection, run: Run) -> Finding:
+    """Two adapters that pull against each other, and what their weighted sum leaves of them there."""
+    both = [run.t, run.u]
+    rows = [i for i, p in enumerate(ins.places) if p.kind == run.kind and p.layer in run.layers]
+    a = ins.weights[rows][:, both]
+    inner = (ins.measures.inner[rows][:, both][:, :, both] * a[:, :, None] * a[:, None]).nansum(0)  # (2, 2)
+    kept = (inner.sum(1) / inner.diagonal()).tolist()
+    t, u = sorted(zip(kept, (ins.names[t] for t in both)))
+    return Finding(
+        f"{ins.names[run.t]} and {ins.names[run.u]} pull against each other in {_where(run)}: mean cosine "
+        f"{run.cosine:.2f}, sign conflict {run.conflict:.0%} (chance 50%); a plain sum of the two keeps {t[0]:.0%} of "
+        f"{t[1]} and {u[0]:.0%} of {u[1]} there.",
+        f"If {t[1]} matters more, weight {u[1]} less there (a gradient over layers, or a filter on {run.kind}).",
+    )
+
+
+def runs(ins: Inspection, wanted: Callable[[Tensor], Tensor]) -> list[Run]:
+    """Neighbouring layers in which the cosine of two adapters is as wanted, the strongest first."""
+    found = []
+    for t, u in ins.pairs:
+        cosine, conflict = ins.grid(ins.pulls[:, t, u]), ins.grid(ins.measures.conflict[:, t, u])
+        for kind, row, signs in zip(ins.kinds, cosine, conflict):
+            for hit, group in groupby(enumerate(wanted(row).tolist()), key=lambda item: item[1]):
+                where = [i for i, _ in group]
+                if hit:
+                    layers, mean = [ins.layers[i] for i in where], row[where].mean().item()
+                    found.append(Run(abs(mean) * len(where), t, u, kind, layers, mean, signs[where].nanmean().item()))
+    return sorted(found, reverse=True)
+
+
+def _where(run: Run) -> str:
+    low, high = run.layers[0], run.layers[-1]
+    return f"layer {low} {run.kind}" if low == high else f"layers {low}-{high} {run.kind}"
+
+
+def _survival(ins: Inspection) -> Iterator[Finding]:
+    share, cosine = ins.total_survival()
+    known = sorted((t for t, value in enumerate(share.tolist()) if value == value), key=lambda t: share[t])
+    if not known:
+        return
+    low, high = known[0], known[-1]
+    said = known if len(known) <= 8 else [low, high]
+    listed = ", ".join(f"{ins.names[t]} {share[t]:.0%} (cosine {cosine[t]:.2f})" for t in said)
+    advice = ""
+    if share[high] > COUNTED_TWICE:
+        advice = f"{ins.names[high]} is counted {share[high]:.1f} times: lower its weight, or `lambda`."
+    elif share[high] > UNEQUAL * share[low]:
+        advice = f"If {ins.names[low]} matters, give it more than its weight of {_mean_weights(ins)[low]:.2g}."
+    yield Finding(f"{ins.merge.method} keeps {listed}.", advice)
+
+
+def _stages(ins: Inspection) -> Iterator[Finding]:
+    said = [
+        f"{s.name} {1 - s.end.sum() / s.start.sum():.1%} ({s.start.sum():.4g} to {s.end.sum():.4g}, mean angle "
+        f"{s.angles.nanmean():.0f} degrees)"
+        for s in ins.stages()
+        if s.start.sum() > 0
+    ]
+    if said:
+        advice = (
+            f"A lower objective need not be a better merge: both stages had {LOSS['tspa']} nats on the example "
+            f"adapters, tspa_lora alone {LOSS['tspa_lora']}."
+        )
+        yield Finding(f"TSPA lowers its objectives: {', '.join(said)}.", advice if ins.merge.method == "tspa" else "")

@@ -1,0 +1,87 @@
+"""Decompositions and their thresholds, each once: what counts as zero, as finite, and as leading."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def numerical_rank(S: Tensor, shape: torch.Size | tuple[int, ...], largest: Tensor | None = None) -> Tensor:
+    """How many singular values rise above rounding, `s > max(shape) eps s_max`.
+
+    The factors come as float32, so float32's epsilon decides, whatever the precision of `S`.
+
+    Args:
+        S: in descending order  # (..., k)
+        shape: of the matrix they belong to; the last two sides count
+        largest: `s_max` of what the matrix was computed from, if that is not its own  # (...)
+    """
+    top = S[..., :1] if largest is None else largest[..., None]
+    return (S > max(shape[-2:]) * torch.finfo(torch.float32).eps * top).sum(-1)
+
+
+def finite(*tensors: Tensor) -> bool:
+    """Without a copy of their size."""
+    return all(math.isfinite(bound) for tensor in tensors if tensor.numel() for bound in tensor.aminmax())
+
+
+def product_overflows(factors: Sequence[Tensor], rank: int) -> bool:
+    """Whether an entry of the product of two factors could exceed its precision."""
+    largest = math.prod(max(map(abs, map(float, factor.aminmax()))) for factor in factors)
+    return not largest * rank < torch.finfo(factors[0].dtype).max
+
+
+def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`U (.., d_out, k)`, `S (.., k)`, `V^T (.., k, d_in)` of `B A` in float64, by an SVD of its core.
+
+    `B = Q_B R_B`, `A^T = Q_A R_A`, and `R_B R_A^T` is small: `k = min(r, d_out, d_in)`.
+
+    Args:
+        B: (.., d_out, r)
+        A: (.., r, d_in)
+    """
+    Q_B, R_B = torch.linalg.qr(B.double())
+    Q_A, R_A = torch.linalg.qr(A.double().mT)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    return Q_B @ U, S, Vh @ Q_A.mT
+
+
+def leading_subspace(M: Tensor, width: int, seed: int, steps: int | None = None) -> Tensor:
+    """An orthonormal basis `Q (n, width)` close to the leading right singular vectors of `M (m, n)`.
+
+    Subspace iteration from random directions (Halko, Martinsson & Tropp, 2011, arXiv 0909.4061); `width` should exceed
+    the number of wanted vectors by some 16.
+
+    Args:
+        steps: iterations; by default as many as it takes until one gains less than a thousandth of `||M Q||^2`
+    """
+    # Drawn on the CPU, so that every device starts from the same directions.
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.randn(M.shape[1], width, generator=generator, device="cpu", dtype=M.dtype).to(M.device)
+    before, held, step = -1.0, 0.0, 0
+    while held - before > 1e-3 * held if steps is None else step < steps:
+        Z = M.mT @ torch.linalg.qr(M @ Q).Q
+        Q = torch.linalg.qr(Z).Q
+        before, held, step = held, Z.square().sum().item(), step + 1
+    return Q
+
+
+def leading_triplets(M: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`U (m, k)`, `S (k,)`, `V^T (k, n)` of the `k` largest singular values of `M (m, n)`.
+
+    By `leading_subspace`, or exact where that is no more work.
+    """
+    width = rank + 16
+    if 2 * width > min(M.shape):
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        return U[:, :rank], S[:rank], Vh[:rank]
+    Q = leading_subspace(M, width, seed)
+    U, S, Vh = torch.linalg.svd(M @ Q, full_matrices=False)
+    return U[:, :rank], S[:rank], Vh[:rank] @ Q.mT
+
+
+def seed_of(*names: str) -> int:
+    """A seed that depends on names only, not on the order of execution."""
+    return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:7], "big")

@@ -1,0 +1,1 @@
+"""The one way from adapters to merged updates: plan, load, survey, merge, finish, report."""

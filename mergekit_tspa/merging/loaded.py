@@ -1,0 +1,152 @@
+"""Merge adapters that are loaded in a PEFT model, by any method, beside PEFT's own `add_weighted_adapter`."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch.nn import Parameter
+
+from mergekit_tspa.adapters import LoraModule
+from mergekit_tspa.base.geometry import AttentionGeometry
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.api import merge_adapters
+from mergekit_tspa.methods import METHODS
+from mergekit_tspa.updates import LoraFactors, LowRank
+
+LOG = logging.getLogger(__name__)
+
+# Settings of adapters that are more than, or other than, an update `B A` of the layers they are on.
+_NOT_IN_FACTORS = (
+    *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"),
+)
+_ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
+
+
+@torch.no_grad()
+def add_merged_adapter(
+    model: PeftModel,
+    adapters: Sequence[str],
+    name: str,
+    weights: Sequence[float] | None = None,
+    method: str = "core_tsv",
+    **parameters,
+) -> None:
+    """Merge adapters of a model and add the result to it as one more adapter, which is neither active nor trained.
+
+    It is an ordinary LoRA adapter of scale 1 on the layers that were merged, all of one rank, in the precision of
+    the adapters there; `set_adapter`, `save_pretrained`, and `delete_adapter` treat it as any other.
+
+    Args:
+        model: adapters of any ranks and modules, none of them merged into the base.
+        adapters: names of loaded adapters.
+        name: of the new one.
+        weights: one number per adapter, 1 by default; an adapter of weight 0 takes no part.
+        method: a name of `mergekit_tspa.METHODS`; for those with dense updates give `rank`.
+        **parameters: of the method, as in `merge_adapters`.
+
+    Raises:
+        InputError: the model or an adapter is not of that kind, or what `merge_adapters` refuses; the model is
+            then as it was.
+    """
+    _check(model, adapters, name)
+    base = model.get_base_model()
+    layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
+    if any(layer.merged for layer in layers.values()):
+        raise InputError("an adapter is merged into the base's weights: call model.unmerge_adapter() first")
+    row = METHODS.get(method)
+    if row and row.result.dense and parameters.get("rank") is None:
+        raise InputError(f"{method} makes dense updates, which no adapter can hold: give rank=")
+
+    context = _attention_context(base) if row and row.attention else {}
+    factors = [{path: _read(layer, a) for path, layer in layers.items() if _pair(layer, a)} for a in adapters]
+    merged = merge_adapters(method, factors, weights, device=next(model.parameters()).device, **context, **parameters)
+    if not merged:
+        raise InputError("every weight is 0: there is nothing to merge")
+    # An update stays dense where `rank` leaves it as it is.
+    updates = {path: u if isinstance(u, LowRank) else u.truncated(u.rank) for path, u in merged.items()}
+    rank = max(update.rank for update in updates.values())
+
+    configs = [model.peft_config[adapter] for adapter in adapters]
+    config = LoraConfig(
+        task_type=configs[0].task_type,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(updates),
+        fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+    )
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    model.add_adapter(name, config)
+    for path, update in updates.items():
+        dtype = next(pair[0].dtype for a in adapters if (pair := _pair(layers[path], a)))
+        _write(layers[path], name, update.padded(rank), dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
+def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
+    """Refuse what is no LoRA model, names that do not fit it, and adapters that are more than factors."""
+    if not isinstance(model, PeftModel) or model.peft_type != PeftType.LORA:
+        raise InputError("the model is no PeftModel with LoRA adapters: load some with PeftModel.from_pretrained")
+    loaded = model.peft_config
+    if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
+        raise InputError(f"adapters must be a list of different names, not {adapters!r}")
+    if unknown := [adapter for adapter in adapters if adapter not in loaded]:
+        raise InputError(f"no adapter {unknown[0]!r} is loaded; loaded are {', '.join(loaded)}")
+    if name in loaded:
+        raise InputError(f"there is already an adapter {name!r}: take another name, or model.delete_adapter it first")
+    if not name or "." in name:
+        raise InputError(f"{name!r} cannot name an adapter: it must not be empty or contain a dot")
+    for adapter in adapters:
+        more = [key for key in _NOT_IN_FACTORS if (getattr(loaded[adapter], key, None) or "none") != "none"]
+        if more:
+            raise InputError(
+                f"adapter {adapter!r} has {' and '.join(more)}, which a merge of LoRA factors would lose; save it and "
+                "merge it into a checkpoint instead, by a recipe"
+            )
+        init = str(loaded[adapter].init_lora_weights).lower()
+        if init.startswith(_ALTERED_BASE):
+            LOG.warning(
+                "adapter %r (%s) took a part out of the base's weights, which is merged and weighted with the rest of "
+                "it; the result belongs to the weights as they are in this model, not to the original checkpoint",
+                *(adapter, init),
+            )
+
+
+def _attention_context(base: torch.nn.Module) -> dict[str, Any]:
+    """The base's tensors under the names they have without PEFT, and its head counts."""
+    tensors = {key.replace(".base_layer.", "."): tensor for key, tensor in base.state_dict().items()}
+    return {
+        "base": {key: tensor for key, tensor in tensors.items() if LoraModel.prefix not in key},
+        "geometry": AttentionGeometry.from_config(LoraModel.get_model_config(base)),
+    }
+
+
+def _pair(layer: LoraLayer, adapter: str) -> tuple[Parameter, Parameter] | None:
+    """`B (d_out, r ..)` and `A (r, d_in ..)`, a convolution's with the dimensions of its kernel."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
+    if adapter in layer.lora_A:
+        return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+    return None
+
+
+def _transposed(layer: LoraLayer) -> bool:
+    """Whether the base stores `(d_in, d_out)`."""
+    return bool(layer.lora_embedding_A) or getattr(layer, "fan_in_fan_out", False)
+
+
+def _read(layer: LoraLayer, adapter: str) -> LoraFactors:
+    """An adapter's update in the base's orientation and float32, its scale folded in."""
+    B, A = (factor.flatten(1) for factor in _pair(layer, adapter))
+    return LoraModule(B, A, layer.scaling[adapter], _transposed(layer)).factors(torch.float32, None)
+
+
+def _write(layer: LoraLayer, adapter: str, update: LoraFactors, dtype: torch.dtype) -> None:
+    """Give an adapter of scale 1 the update of a weight."""
+    B, A = (update.A.T, update.B.T) if _transposed(layer) else update
+    for parameter, factor in zip(_pair(layer, adapter), (B, A)):
+        parameter.data = torch.empty_like(parameter, dtype=dtype).copy_(factor.reshape(parameter.shape))

@@ -1,0 +1,61 @@
+"""What EMR-Merging keeps beside the unified model, and how a task's update comes back from it."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.merging.finish import MergedUpdate
+from mergekit_tspa.methods.rules import row_blocks
+from mergekit_tspa.rules.emr import unify
+from mergekit_tspa.spaces.basis import Basis
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank
+
+RECORDS, DESCRIPTION = "emr_masks.safetensors", "emr_tasks.json"  # beside the unified model
+_STEPS = 2**15 - 1
+
+
+def record(coordinates: Sequence[LoraFactors], weights: Tensor, scale: Tensor, basis: Basis) -> dict[str, Tensor]:
+    """The unified update and, per task, its mask and its scale.
+
+    The unified update is stored apart from the model, whose precision may be too low to tell it from the base, in
+    steps of 2^-15 of its `largest` entry.
+
+    Args:
+        coordinates: M_t as factors
+        weights, scale: (n,)
+
+    Returns:
+        unified (p, q) int16, largest (1,), mask (n, p, ceil(q / 8)) bit-packed, scale (n,), and the basis's U, V
+        as far as it has them.
+    """
+    unified, masks = zip(*(unify(M, weights.to(M)) for _, M in row_blocks(coordinates)))
+    unified = torch.cat(unified)
+    largest = unified.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    kept = {
+        "unified": (unified / largest * _STEPS).round().to(torch.int16),
+        "largest": largest[None],
+        "mask": torch.cat([pack_bits(mask) for mask in masks], dim=1),
+        "scale": scale.float(),
+    }
+    return kept | {name: side.float() for name, side in zip("UV", basis) if side is not None}
+
+
+def task_update(kept: Mapping[str, Tensor], task: int) -> MergedUpdate:
+    """`uni * mask_t * scale_t`, mapped back to the weight."""
+    unified = kept["unified"].float() * (kept["largest"] / _STEPS)
+    M = unified * unpack_bits(kept["mask"][task], unified.shape[1]) * kept["scale"][task]
+    merged = Basis(kept.get("U"), kept.get("V")).decode(M)
+    return Dense(merged) if isinstance(merged, Tensor) else LowRank(*merged)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Eight entries a byte, the first in the lowest bit; rows are padded.  # (..., q) -> (..., ceil(q / 8))"""
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, columns: int) -> Tensor:
+    """The inverse of `pack_bits`."""
+    bits = packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten(-2)[..., :columns].bool()

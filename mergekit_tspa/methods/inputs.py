@@ -1,0 +1,121 @@
+"""What a method is given: its parameters, the factors of tensors, and the attention pairs they belong to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from pydantic import BaseModel, Field
+
+from mergekit_tspa.adapters import Adapter, Extraction
+from mergekit_tspa.alignment.attention import SideGrams
+from mergekit_tspa.base.geometry import AttentionGeometry
+from mergekit_tspa.linalg import seed_of
+from mergekit_tspa.updates import LoraFactors
+
+# What is being solved, which fraction of it is done, and of an objective which fraction of its start is left.
+Progress: TypeAlias = Callable[[str, float, float | None], None]
+# Statistics of each adapter over all tensors of the model.
+Survey: TypeAlias = Mapping[Adapter, torch.Tensor]
+
+
+class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
+    """Parameters that every method has; a method's own are fields of its subclass, in the order of the paper."""
+
+    lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
+    rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
+    extract_rank: int | None = Field(None, ge=1, description="rank of the factors of full models; 32 if not given")
+    extract_energy: float | None = Field(
+        None, gt=0, le=1, description="instead, the share of ||W - W_base||^2 that they keep, up to rank 256"
+    )
+
+    @property
+    def extraction(self) -> Extraction:
+        return Extraction(self.extract_rank, self.extract_energy)
+
+
+PER_MODEL = ("extract_rank", "extract_energy")  # parameters that may differ from model to model
+
+
+class OneByOneParameters(Parameters):
+    """What may come before and after a closed formula that looks at one tensor at a time."""
+
+    pico: bool = Field(False, description="before merging, damp the output directions that adapters share (Pico)")
+    svc: bool = Field(False, description="after merging, calibrate singular values that several adapters count (SVC)")
+
+    def own(self) -> dict[str, Any]:
+        """The method's own parameters, as its function takes them."""
+        shared = OneByOneParameters.model_fields
+        return {name: getattr(self, name) for name in type(self).model_fields if name not in shared}
+
+
+class TensorInputs(NamedTuple):
+    """Everything a method may know about one tensor: the factors of the adapters that touch it, in recipe order."""
+
+    name: str
+    factors: Sequence[LoraFactors]
+    weights: Sequence[float]  # a_t, never 0
+    parameters: Parameters
+    adapters: Sequence[Adapter] = ()  # whose factors they are
+    survey: Survey | None = None  # statistics over the whole model, where they are wanted
+
+    def generator(self, seed: int, *names: str) -> torch.Generator:
+        """A source of randomness that depends on the seed and on names only, not on the order of execution."""
+        return torch.Generator(self.factors[0].B.device).manual_seed(seed_of(str(seed), self.name, *names))
+
+
+class Planned(NamedTuple):
+    """What a method may know about one tensor before a factor is loaded."""
+
+    name: str
+    shape: tuple[int, int]
+    ranks: Sequence[int]  # of the adapters that touch it
+    parameters: Parameters
+
+
+class PairSide(NamedTuple):
+    """One side of a pair: a tensor and, per adapter of the pair, the module that updates it."""
+
+    role: str  # q, k, v or o
+    tensor: str
+    bias: str | None
+    modules: tuple[str | None, ...]  # per adapter
+
+
+class PairPlan(NamedTuple):
+    """One product of one attention block, before anything is loaded."""
+
+    name: str  # block and roles
+    x: PairSide  # query or output
+    y: PairSide  # key or value
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    geometry: AttentionGeometry
+    parameters: Parameters
+
+    @property
+    def block(self) -> str:
+        return self.name.rsplit(" ", 1)[0]
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether rotations act on the model space; the printed form has a meaning for query and key only."""
+        return getattr(self.parameters, "align_space", "head") == "input" and self.x.role == "q"
+
+    @property
+    def nbytes(self) -> int:
+        """About what solving it takes: per adapter rotations, moments and factors; Grams of the base."""
+        g, n = self.geometry, len(self.adapters)
+        modules = [a.modules[m] for s in (self.x, self.y) for a, m in zip(self.adapters, s.modules) if m]
+        rank = max(m.rank for m in modules)
+        if self.reads_input:
+            d = max(m.shape[0 if g.transposed else 1] for m in modules)
+            return 8 * (6 * n * 2 * rank * d + 4 * d * d)
+        return 8 * (g.n_heads + g.n_kv_heads) * g.head_dim * (6 * n * rank + 2 * g.head_dim)
+
+
+class Pair(NamedTuple):
+    """A planned pair with its Grams."""
+
+    plan: PairPlan
+    x: SideGrams
+    y: SideGrams

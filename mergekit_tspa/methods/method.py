@@ -1,0 +1,146 @@
+"""A method: a name, its parameters, and one function from the adapters' factors to merged updates."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from mergekit_tspa.adapters import Extraction
+from mergekit_tspa.errors import InputError, nearest
+from mergekit_tspa.methods.inputs import PER_MODEL, Pair, Parameters, Planned, Progress, Survey, TensorInputs
+from mergekit_tspa.methods.pico import at_mean_norm, pico
+from mergekit_tspa.methods.report import Report, Truncation
+from mergekit_tspa.methods.svc import svc
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank
+
+
+@dataclass(frozen=True)
+class ResultRank:
+    """How the rank of a merged update follows from the ranks of the adapters."""
+
+    label: str  # as the method table shows it
+    of: Callable[[Sequence[int], Parameters], int]  # from the adapters' ranks; the tensor's sides bound it
+    dense: bool = False  # the update has no factors
+    exact: bool = True  # otherwise it is an upper bound
+
+
+def _asked_or_largest(ranks: Sequence[int], parameters: Parameters) -> int:
+    """A method with this rank takes `rank` as the size of its subspaces; any of up to the summed ranks is possible."""
+    return max(ranks) if parameters.rank is None else sum(ranks)
+
+
+LARGEST_RANK = ResultRank("largest rank", lambda ranks, p: max(ranks))
+SUM_OF_RANKS = ResultRank("sum of ranks", lambda ranks, p: sum(ranks))
+RANK_PARAMETER = ResultRank("`rank`", _asked_or_largest)
+DENSE = ResultRank("full (dense)", lambda ranks, p: sum(ranks), dense=True)
+
+
+class Merged(NamedTuple):
+    """Updates in the order of the inputs, and what the solvers report."""
+
+    updates: list[LowRank | Dense]
+    reports: list[Report | Truncation]
+
+
+MergeFunction: TypeAlias = Callable[[Sequence[TensorInputs], Sequence[Pair], Progress], Merged]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the method table.
+
+    `merge` takes all tensors of a chunk at once, so that a method may solve them in one batch, the attention
+    pairs they belong to (for methods with `attention`), and a function to report progress to.
+    """
+
+    name: str
+    title: str
+    summary: str
+    paper: str
+    url: str
+    result: ResultRank
+    merge: MergeFunction
+    parameters: type[Parameters] = Parameters
+    min_weight: float = float("-inf")  # smallest `weight` the method is defined for
+    attention: bool = False  # looks at attention products, hence at the base's tensors
+    solves: bool = False  # iterates, so that it is done, and can fail, before anything is written
+    survey: Callable[[Callable[[], Iterable[TensorInputs]]], Survey] | None = None
+    record: Callable[[TensorInputs], dict[str, torch.Tensor]] | None = None  # what is written beside the model
+    elects: bool = False  # lets the adapters vote on signs
+    equal_ranks: bool = False  # of all adapters of a tensor
+    check: Callable[[Sequence[Planned]], None] = lambda planned: None  # refuses what it cannot merge
+    drops_zeros: bool = True  # an adapter whose update of a tensor is zero takes no part in that tensor
+
+    def carried(self, planned: Planned) -> int:
+        """The rank that a tensor's merged update can have before `rank` cuts it."""
+        smaller = min(planned.shape)
+        return smaller if self.result.dense else min(self.result.of(planned.ranks, planned.parameters), smaller)
+
+    def bind(self, values: Mapping[str, Any]) -> Parameters:
+        """Validated parameters.
+
+        Raises:
+            InputError: an unknown name, or a value out of range.
+        """
+        unknown = set(values) - set(self.parameter_fields())
+        if unknown:
+            raise InputError(self.unknown_parameter(min(unknown)))
+        try:
+            return self.parameters(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f"parameter {first['loc'][0]}: {first['input']!r}: " if first["loc"] else ""
+            raise InputError(f"{self.name}: {where}{first['msg']}") from error
+
+    def extraction(self, values: Mapping[str, Any]) -> Extraction:
+        """How full models become factors for this method.
+
+        Raises:
+            InputError: a value out of range, or ranks that are not known beforehand where they must be equal.
+        """
+        if self.equal_ranks and values.get("extract_energy"):
+            raise InputError(f"extract_energy: {self.name} needs adapters of equal rank; give extract_rank instead")
+        return self.bind({name: values[name] for name in PER_MODEL if name in values}).extraction
+
+    def parameter_fields(self) -> dict[str, FieldInfo]:
+        """The parameters by their recipe names."""
+        return {field.alias or name: field for name, field in self.parameters.model_fields.items()}
+
+    def unknown_parameter(self, name: str) -> str:
+        known = ["weight", *self.parameter_fields()]
+        near = nearest(name, known)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        return f"{self.name} has no parameter {name!r}; {hint}"
+
+
+def prepared(w: TensorInputs) -> TensorInputs:
+    """What comes before the method's own function."""
+    return w._replace(factors=pico(w.factors)) if getattr(w.parameters, "pico", False) else w
+
+
+def one_by_one(rule: Callable[[TensorInputs], LoraFactors | Dense]) -> MergeFunction:
+    """`Method.merge` of a closed formula that looks at one tensor at a time, with `OneByOneParameters` or without."""
+
+    def merge_one(w: TensorInputs) -> LowRank | Dense:
+        p = w.parameters
+        before, after = getattr(p, "pico", False), getattr(p, "svc", False)
+        update = rule(prepared(w))
+        update = update if isinstance(update, Dense) else LowRank(*update)
+        if before or after:
+            weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
+            update = at_mean_norm(update, weighted) if before else update
+            update = svc(update, weighted) if after else update
+        return update.scaled(p.lambda_)
+
+    def merge(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+        updates = []
+        for i, w in enumerate(inputs):
+            if len(inputs) > 1:
+                progress("merging", i / len(inputs), None)
+            updates.append(merge_one(w))
+        return Merged(updates, [])
+
+    return merge

@@ -1,0 +1,93 @@
+"""Stage 1 of TSPA for all attention pairs of a chunk: query and key, or output and value, of one block."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from mergekit_tspa.alignment.attention import SideGrams, align_attention, inner_to_A, inner_to_B, pair_problem
+from mergekit_tspa.alignment.pairwise import align_pairwise
+from mergekit_tspa.alignment.stiefel import Solution
+from mergekit_tspa.base.geometry import AttentionGeometry
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods.inputs import Pair, PairPlan, PairSide, TensorInputs
+from mergekit_tspa.methods.report import Report
+from mergekit_tspa.updates import LoraFactors
+
+
+def oriented(geometry: AttentionGeometry, f: LoraFactors) -> LoraFactors:
+    return LoraFactors(f.A.mT, f.B.mT) if geometry.transposed else f
+
+
+def align_pairs(
+    pairs: Sequence[Pair], inputs: Sequence[TensorInputs], progress: Callable[[str, float, float], None]
+) -> tuple[list[TensorInputs], list[Report]]:
+    """Stage 1 for all pairs; the inputs with their aligned factors, and what the solver did.
+
+    Pairs of equal shapes and parameters are one batch.
+    """
+    aligned = {w.name: w._replace(factors=list(w.factors)) for w in inputs}
+    reports = []
+
+    def batch_of(pair: Pair):
+        p = pair.plan.parameters
+        shapes = tuple(tuple(side.inner.shape) for side in (pair.x, pair.y))
+        return pair.plan.x.role, shapes, pair.plan.geometry, repr(p)
+
+    batches: dict[tuple, list[Pair]] = {}
+    for pair in pairs:
+        batches.setdefault(batch_of(pair), []).append(pair)
+    for (role, *_), batch in batches.items():
+        what = f"{'query-key' if role == 'q' else 'value-output'} alignment"
+        names = [pair.plan.name for pair in batch]
+        try:
+            inner_x, inner_y, solution = _solve(batch, lambda done, left, what=what: progress(what, done, left))
+        except FloatingPointError as error:
+            culprit = batch[error.args[1]].plan
+            raise InputError(
+                f"{culprit.name}: the loss of attention alignment is not finite; "
+                f"adapters {', '.join(a.name for a in culprit.adapters)}"
+            ) from error
+        reports.append(Report.of(what, names, [pair.plan.adapters for pair in batch], solution, axis=2))
+        for pair, X, Y in zip(batch, inner_x, inner_y):
+            _write_back(pair.plan, pair.plan.x, X, aligned)
+            _write_back(pair.plan, pair.plan.y, Y, aligned)
+    return list(aligned.values()), reports
+
+
+def _solve(batch: Sequence[Pair], progress: Callable[[float, float], None]) -> tuple[Tensor, Tensor, Solution]:
+    plan = batch[0].plan
+    p = plan.parameters
+    common = {
+        "steps": p.attention_steps,
+        "lr": p.attention_lr,
+        "seed": p.seed,
+        "tolerance": p.tolerance,
+        "solver": p.solver,
+        "on_progress": progress,
+    }
+    sides = [[SideGrams(*(t.double() for t in side)) for side in sides] for sides in zip(*((b.x, b.y) for b in batch))]
+    if not hasattr(p, "align_space"):  # the pairwise original
+        return align_pairwise(*sides, **common)
+    weights = sides[0][0].K.new_tensor([pair.plan.weights for pair in batch])
+    problem = pair_problem(*sides, weights)
+    # Folded in float64, where the targets cancel; float32 is enough for the steps.
+    problem = type(problem)(*(t.to(batch[0].x.K.dtype) for t in problem))
+    rope = p.rope_safe and plan.x.role == "q" and plan.geometry.rotary_dim != 0
+    return align_attention(problem, **common, rope_safe=rope, rotary_dim=plan.geometry.rotary_dim)
+
+
+def _write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str, TensorInputs]) -> None:
+    """Replace the rotated factor of each adapter, or the side's rows of it."""
+    g = plan.geometry
+    for adapter, module, S in zip(plan.adapters, side.modules, inner):
+        if module is None:
+            continue
+        inputs = aligned[side.tensor]
+        index = inputs.adapters.index(adapter)
+        f = oriented(g, inputs.factors[index])
+        if side.role == "o" or plan.reads_input:
+            f = LoraFactors(f.B, inner_to_A(S)[: f.rank].to(f.A))
+        else:
+            part = inner_to_B(S)[:, : f.rank].to(f.B)
+            f = LoraFactors(f.B.index_copy(0, g.rows(side.role).to(f.B.device), part) if g.fused else part, f.A)
+        inputs.factors[index] = oriented(g, f)

@@ -1,0 +1,63 @@
+"""Our methods as mergekit sees them: parameters, input contract, and a dense fallback."""
+
+from typing import Annotated, Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods import Method
+from mergekit_tspa.methods.inputs import PER_MODEL
+
+WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, 1.0, "weight of the adapter")
+ADAPTER = ParameterSpec("adapter", bool, ParameterScope.SHARED, False, "also write the merge as one PEFT adapter")
+
+
+class AdapterMergeMethod(GroupMergeMethod):
+    """Adapts a row of the method table to mergekit's registry.
+
+    Weights that adapters touch are planned by `mergekit_tspa.plugin.planning`; `merge_group` only sees tensors
+    that mergekit has to handle densely, such as embeddings whose vocabulary is being aligned.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+        shared = [
+            ParameterSpec(
+                name,
+                Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation,
+                ParameterScope.NON_BASE if name in PER_MODEL else ParameterScope.SHARED,
+                field.default,
+                field.description,
+            )
+            for name, field in method.parameter_fields().items()
+        ]
+        self.spec = MergeMethodSpec(
+            name=method.name,
+            parameters=(WEIGHT, ADAPTER, *shared),
+            contract=InputContract(base=BasePolicy.REQUIRED),  # a slice or module may be the base's own
+            pretty_name=method.title,
+            reference_url=method.url,
+        )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        base = group.base.tensor
+        changed = [entry for entry in group.non_base if not torch.equal(entry.tensor, base)]
+        if not changed:
+            return base
+        raise InputError(dense_message(self.method, group.metadata.name or "a tensor", str(changed[0].id)))
+
+
+def dense_message(method: Method, tensor: str, source: str) -> str:
+    return (
+        f"{method.name} merges LoRA factors, but {tensor} of {source} would reach it as a dense tensor; leave out the "
+        "tokenizer option that resizes it, or use a mergekit method such as task_arithmetic for this merge"
+    )

@@ -1,0 +1,392 @@
+"""Check and complete a recipe of one of our methods before mergekit looks at it."""
+
+import logging
+import os
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from mergekit import common
+from mergekit.architecture import ModelArchitecture
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from mergekit.options import MergeOptions
+from pydantic import BaseModel, ValidationError
+
+from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
+from mergekit_tspa.errors import InputError, did_you_mean, nearest
+from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.emr_records import DESCRIPTION
+from mergekit_tspa.methods.inputs import PER_MODEL
+from mergekit_tspa.plugin.merge_method import ADAPTER, WEIGHT, AdapterMergeMethod
+from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
+
+LOG = logging.getLogger(__name__)
+Source = InputModelDefinition | InputSliceDefinition
+# Of the recipe's lists and mappings, what they hold.
+_PARTS = {
+    "models": InputModelDefinition,
+    "slices": OutputSliceDefinition,
+    "sources": InputSliceDefinition,
+    "modules": OutputModuleDefinition,
+}
+# What has `parameters`, besides the inputs themselves.
+Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
+
+
+def complete(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Check the recipe and complete it in place: bases of bare adapters, common base, base of every slice.
+
+    Raises:
+        InputError: the first of its `faults`.
+    """
+    for fault in faults(config, options):
+        raise fault
+
+
+def complete_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
+    """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not write them."""
+    for name in architecture.modules if config.modules else ():
+        if name in config.modules:
+            continue
+        LOG.info("module %s is not in the recipe: it is the base's", name)
+        config.modules[name] = OutputModuleDefinition(models=[InputModelDefinition(model=config.base_model)])
+
+
+def faults(config: MergeConfiguration, options: MergeOptions, absent: Set[str] = frozenset()) -> Iterator[InputError]:
+    """What is wrong with the recipe, which is completed on the way.
+
+    No adapters, adapters of different bases, an adapter listed twice, a full model of another architecture, an unknown
+    parameter or a value out of range.
+
+    Args:
+        absent: models that do not exist yet; what needs them stays as it is
+    """
+    yield from _check_options(config, options)
+    _take_seed(config, options)
+    flawed = list(_check_parameters(config, METHODS[config.merge_method]))
+    yield from flawed
+    for step in (_complete_adapters(config, options), _complete_base(config)):
+        found = list(step)
+        yield from found
+        if found:
+            return
+    yield from _complete_sources(config, options, absent, parameters=not flawed)
+    for output_slice in _slices(config):
+        yield from _append_base(output_slice, config.base_model)
+
+
+def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
+    """What mergekit itself would find out only after the solving."""
+    for key in ("dtype", "out_dtype"):
+        try:
+            common.dtype_from_name(getattr(config, key))
+        except RuntimeError:
+            yield InputError(f"{key}: {getattr(config, key)!r} is no dtype that mergekit knows")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        yield InputError(f"--device {options.device}: not on this machine ({error})")
+    if options.multi_gpu:
+        try:
+            common.get_torch_accelerator_count()
+        except AttributeError:
+            yield InputError("--multi-gpu: this machine has no accelerator; leave the option out")
+
+
+def _take_seed(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Make `--random-seed` the seed of methods that draw, unless the recipe has one."""
+    if options.random_seed is None or "seed" not in METHODS[config.merge_method].parameter_fields():
+        return
+    config.parameters = {"seed": options.random_seed} | (config.parameters or {})
+    if (seed := config.parameters["seed"]) != options.random_seed:
+        LOG.warning("--random-seed %s has no effect: the recipe's seed %s is taken", options.random_seed, seed)
+
+
+def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
+    yield from config.slices or ()
+    for module in (config.modules or {}).values():
+        yield from module.slices or ()
+
+
+def _groups(config: MergeConfiguration) -> Iterator[tuple[list[Source], list[Holder]]]:
+    """The lists of inputs that are merged with each other, and where their parameters may be, innermost first."""
+    for scope, outer in ((config, []), *((module, [config]) for module in (config.modules or {}).values())):
+        if scope.models:
+            yield scope.models, [scope, *outer]
+        for output_slice in scope.slices or ():
+            yield output_slice.sources, [output_slice, scope, *outer]
+
+
+def sources(config: MergeConfiguration) -> Iterator[Source]:
+    """All inputs of the recipe."""
+    return (source for group, _ in _groups(config) for source in group)
+
+
+def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
+    """Write an adapter that is given without its base as `base+adapter`."""
+    for source in sources(config):
+        path = source.model.model
+        known = config.base_model and _identity(path) == _identity(config.base_model.model)
+        if source.model.lora or known or not is_adapter(path.path, path.revision, options.transformers_cache):
+            continue
+        try:
+            base = config.base_model or _base_of(path, options)
+        except InputError as error:
+            yield error
+            continue
+        source.model = ModelReference(model=base.model, lora=path, override_architecture=base.override_architecture)
+
+
+def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
+    """The base model that an adapter's configuration names."""
+    path = base_of_adapter(adapter.path, adapter.revision, options.transformers_cache)
+    try:
+        base = ModelReference(model=ModelPath(path=path))
+        base.config(options.trust_remote_code)
+    except Exception as error:  # not named, not there, not reachable, not a model: all need the same way out
+        raise InputError(
+            f"{adapter}: its adapter_config.json names the base model {path!r}, which is neither a model directory nor "
+            "a model of the hub that can be reached; name the base as base_model in the recipe"
+        ) from error
+    return base
+
+
+def _complete_base(config: MergeConfiguration) -> Iterator[InputError]:
+    adapters = [source.model for source in sources(config) if source.model.lora]
+    base = config.base_model and _identity(config.base_model.model)
+    if not adapters and (base is None or all(_identity(source.model.model) == base for source in sources(config))):
+        yield InputError(
+            f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, as "
+            "`model: adapter` for a directory without a model, or, with base_model, as `model: full model`"
+        )
+        return
+    bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
+    if config.base_model is None:
+        if len(bases) > 1:
+            yield InputError(f"the adapters have different bases ({', '.join(bases)}); name one as base_model")
+            return
+        config.base_model = ModelReference(
+            model=adapters[0].model, override_architecture=adapters[0].override_architecture
+        )
+    if config.base_model.lora is not None:
+        yield InputError(
+            f"base_model {config.base_model} has an adapter of its own; give the plain base, or merge that adapter "
+            "into a checkpoint first"
+        )
+
+
+def _complete_sources(
+    config: MergeConfiguration, options: MergeOptions, absent: Set[str], parameters: bool
+) -> Iterator[InputError]:
+    """Write the base as `base_model` spells it, adapters as references on it, and full models as such beside it.
+
+    Args:
+        parameters: whether those of the recipe can be relied on; the defaults are taken otherwise
+    """
+    base, method = config.base_model, METHODS[config.merge_method]
+    for group, holders in _groups(config):
+        seen = set()
+        for source in group:
+            reference = source.model
+            same_base = _identity(reference.model) == _identity(base.model)
+            if reference.lora and not same_base:
+                yield InputError(
+                    f"{reference}: written on base {reference.model}, but this merge is based on {base}; "
+                    "adapters of different bases cannot be merged"
+                )
+                continue
+            added = reference.lora or reference.model
+            if _identity(added) in seen:
+                yield InputError(f"{added}: listed twice; list it once with the summed weight")
+            if reference.lora or not same_base:
+                seen.add(_identity(added))
+            if absent.isdisjoint((reference.model.path, base.model.path)):
+                settings = _settings(source, holders) if parameters else {}
+                try:
+                    source.model = _reference(reference, settings, base, method, options)
+                except InputError as error:
+                    yield error
+
+
+def _settings(source: Source, holders: list[Holder]) -> dict[str, Any]:
+    """The parameters of one model, from where they are given nearest to it."""
+    given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
+    return {name: given[name] for name in PER_MODEL if name in given}
+
+
+def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
+    """A recipe of one of our methods, and its text.
+
+    Raises:
+        InputError: it cannot be read, or is no such recipe.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        config = MergeConfiguration.model_validate(document)
+    except ValidationError as error:
+        what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        raise InputError(f"{file}: no recipe that mergekit can read: {what}") from error
+    except (OSError, ValueError, yaml.YAMLError, RuntimeError) as error:
+        raise InputError(f"{file}: no recipe that mergekit can read: {error}") from error
+    if config.merge_method not in METHODS:
+        near = nearest(config.merge_method, METHODS)
+        hint = f"do you mean {near[0]}?" if near else "see `mergekit-tspa methods`"
+        raise InputError(f"{file}: {config.merge_method} is not a method on adapters; {hint}")
+    for warning in unknown_keys(document):
+        LOG.warning("%s", warning)
+    return config, text
+
+
+def unknown_keys(document: dict, kind: type[BaseModel] = MergeConfiguration, where: str = "") -> Iterator[str]:
+    """Keys that mergekit drops without a word, anywhere in a recipe but under `parameters`."""
+    for key, value in document.items():
+        if key not in kind.model_fields and (where or key != "name"):  # of a merge of mergekit-multi
+            hint = did_you_mean(str(key), kind.model_fields)
+            yield f"{where}{key}: mergekit knows no such key, so it has no effect{hint}"
+        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+        for name, part in parts.items():
+            if key in _PARTS and isinstance(part, dict):
+                yield from unknown_keys(part, _PARTS[key], f"{where}{key}.{name}.")
+
+
+def filters(config: MergeConfiguration) -> set[str]:
+    """The filters of all parameters, but those that match everything."""
+    holders = [holder for group, outer in _groups(config) for holder in (*group, *outer)]
+    settings = [setting for holder in holders for setting in (holder.parameters or {}).values()]
+    given = [part for setting in settings for part in (setting if isinstance(setting, list) else [setting])]
+    return {part.filter for part in given if isinstance(part, ConditionalParameter)} - {None, "*"}
+
+
+def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
+    """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and tensors."""
+    used: dict[ModelReference, list[float]] = {}
+    for group, holders in _groups(config):
+        for source in group:
+            if source.model != config.base_model:
+                given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
+                used.setdefault(source.model, []).extend(map(float, _scalars(given.get(WEIGHT.name, WEIGHT.default))))
+    return {reference: span(weights) for reference, weights in used.items()}
+
+
+def span(values: Iterable[float]) -> str:
+    """`0.5`, or `0.5 to 0.7`."""
+    values = set(values)
+    return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
+
+
+def _reference(
+    reference: ModelReference, settings: dict[str, Any], base: ModelReference, method: Method, options: MergeOptions
+) -> ModelReference:
+    """The base as `base_model` spells it, an adapter on it, or a full model beside it."""
+    model, lora = reference.model, reference.lora
+    if lora:
+        return AdapterReference(model=base.model, lora=lora, override_architecture=base.override_architecture)
+    if _identity(model) == _identity(base.model):
+        return base
+    _check_architecture(reference, base, options.trust_remote_code)
+    return FullModelReference(
+        model=model,
+        base=base,
+        extraction=method.extraction(settings),
+        override_architecture=reference.override_architecture,
+    )
+
+
+def _check_architecture(reference: ModelReference, base: ModelReference, trust_remote_code: bool) -> None:
+    """
+    Raises:
+        InputError: there is no such model, or it is of another architecture.
+    """
+    model = reference.model
+    try:
+        config = reference.config(trust_remote_code)
+    except Exception as error:  # not there, not reachable, damaged: transformers has many words for it
+        raise InputError(f"{model}: there is neither an adapter nor a model with a config.json") from error
+    try:
+        base_config = base.config(trust_remote_code)
+    except Exception:  # mergekit itself says so of a base
+        return
+    check_architecture(str(model), config.to_dict(), str(base), base_config.to_dict())
+
+
+def _identity(path: ModelPath) -> tuple[str, str | None]:
+    """Equal for two spellings of one directory."""
+    return (os.path.realpath(path.path) if os.path.exists(path.path) else path.path), path.revision
+
+
+def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> Iterator[InputError]:
+    """mergekit adds the base to `models:` only."""
+    if any(source.model == base for source in output_slice.sources):
+        return
+    ranges = {tuple(source.layer_range) for source in output_slice.sources}
+    if len(ranges) > 1:
+        yield InputError(
+            f"a slice takes layers {sorted(ranges)} of its adapters, so the layers of the base are not clear; "
+            f"add `model: {base}` with its layer_range to the slice"
+        )
+        return
+    output_slice.sources.append(InputSliceDefinition(model=base, layer_range=ranges.pop()))
+
+
+def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[InputError]:
+    """mergekit ignores parameters that it does not know; a misspelt one must not pass."""
+    specs = {spec.name: spec for spec in AdapterMergeMethod(method).spec.parameters}
+    shared_scopes = [config, *(config.modules or {}).values(), *_slices(config)]
+    for holder in [*shared_scopes, *sources(config)]:
+        for name, setting in (holder.parameters or {}).items():
+            if name not in specs:
+                yield InputError(method.unknown_parameter(name))
+                continue
+            if holder is not config and name == ADAPTER.name:
+                yield InputError(f"{name} applies to the whole merge; move it to the top level")
+            if name == ADAPTER.name and not isinstance(setting, bool):
+                yield InputError(f"{name}: {setting}: give true or false")
+                continue
+            if name in PER_MODEL and isinstance(setting, list):
+                yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
+            if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
+                yield InputError(f"{name} applies to the whole merge; move it from {holder.model} to the top level")
+            if not (values := [*_scalars(setting)]):
+                yield InputError(f"parameter {name}: an empty list")
+            for value in values:
+                try:
+                    specs[name].validate(value)
+                except ValidationError as error:
+                    yield InputError(f"parameter {name}: {value!r}: {error.errors()[0]['msg']}")
+
+
+def check_output(out: Path, config: MergeConfiguration) -> None:
+    """
+    Raises:
+        InputError: the output directory holds what would be taken for a part of this merge.
+    """
+    if (out / "adapter_config.json").exists():
+        raise InputError(f"{out}: holds an adapter, which transformers would apply to a model there; name another one")
+    kept = {DESCRIPTION: METHODS[config.merge_method].record is not None}
+    kept["adapter"] = (config.parameters or {}).get(ADAPTER.name) is True
+    for name, rewritten in kept.items():
+        if (out / name).exists() and not rewritten:
+            raise InputError(f"{out}: holds {name} of an earlier merge; remove it, or name another directory")
+
+
+def _scalars(setting) -> Iterator:
+    """All values of a scalar, a gradient, or a list of filters."""
+    if isinstance(setting, ConditionalParameter):
+        yield from _scalars(setting.value)
+    elif isinstance(setting, list):
+        for item in setting:
+            yield from _scalars(item)
+    else:
+        yield setting

@@ -1,0 +1,96 @@
+"""References to adapters, and to full models as such, that are read as factors and never merged to disk."""
+
+from collections.abc import KeysView
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
+
+from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, locate_adapter, read_adapter
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import Index, ModelTensors
+from mergekit_tspa.merging.finish import apply_parts
+from mergekit_tspa.merging.plan import TensorPlan
+from mergekit_tspa.methods.inputs import Parameters
+from mergekit_tspa.updates import LowRank
+
+
+class AdapterReference(ModelReference, frozen=True):
+    """A `ModelReference` with a LoRA whose loader serves the base's tensors plus the adapter's factors."""
+
+    def merged(self, *args, **kwargs) -> "AdapterReference":
+        return self
+
+    def local_path(self, cache_dir: str | None = None, ignore_lora: bool = True) -> str:
+        return super().local_path(cache_dir, ignore_lora=True)
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
+        """Read the adapter whole (it is small) and check it against the base's headers."""
+        directory = locate_adapter(self.lora.path, self.lora.revision, cache_dir)
+        index = self.tensor_index(cache_dir)
+        config = self.config(LoaderCache().trust_remote_code).to_dict()
+        base = ModelTensors.of(str(self.model), Checkpoint(index.base_path), config)
+        return LoraLoader(index, lazy_unpickle, base, *read_adapter(directory, str(self.lora)).fit(base))
+
+
+class FullModelReference(AdapterReference, frozen=True):
+    """A full model whose loader serves the base's tensors plus factors of its difference to them."""
+
+    base: ModelReference
+    extraction: Extraction
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
+        """Check the model against the base by their headers; its weights are read when they are merged."""
+        base, model = (
+            ModelTensors.of(
+                str(reference.model),
+                Checkpoint(reference.local_path(cache_dir)),
+                reference.config(LoaderCache().trust_remote_code).to_dict(),
+            )
+            for reference in (self.base, self)
+        )
+        adapter = extract_adapter(str(self.model), model, base, self.extraction)
+        return LoraLoader(self.base.tensor_index(cache_dir), lazy_unpickle, base, adapter, adapter.tensors)
+
+
+class LoraLoader(LazyTensorLoader):
+    """The tensors of a base model with an adapter applied on the fly; its index is the base's."""
+
+    adapter: Adapter
+    modules: dict[str, str]  # base tensor, or expert of a fused one -> adapter module
+    parts: dict[str, dict[str, Index]]  # tensor, by each of its names -> what the adapter changes of it, and where
+
+    def __init__(
+        self,
+        index: ShardedTensorIndex,
+        lazy_unpickle: bool,
+        base: ModelTensors,
+        adapter: Adapter,
+        modules: dict[str, str],
+    ):
+        super().__init__(index, lazy_unpickle)
+        self.adapter, self.modules = adapter, modules
+        self.parts = {}
+        for part in self.adapted:
+            for tensor, place in base.places(part).items():
+                self.parts.setdefault(tensor, {})[part] = place
+
+    @property
+    def adapted(self) -> KeysView[str]:
+        """Base tensors, or experts of fused ones, that the adapter changes; in the adapter's order."""
+        return {**self.modules, **self.adapter.changes}.keys()
+
+    def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
+        """The adapted tensor in its base's dtype.  Only stock tasks that need a dense tensor come here."""
+        W = super().get_tensor(key, device, **kwargs)
+        if W is None or key not in self.parts:
+            return W
+        parts = []
+        for part, index in self.parts[key].items():
+            change = self.adapter.changes.get(part)
+            sources = [(self.adapter, self.modules[part])] if part in self.modules else []
+            plan = TensorPlan(part, sources, [1.0], Parameters(), [(change, 1.0)] if change else [])
+            update = LowRank(*self.adapter.factors(self.modules[part], device=device)) if sources else None
+            parts.append((index, plan.finish(update)))
+        return apply_parts(W, parts, W.dtype)

@@ -1,0 +1,117 @@
+"""The update of one tensor: as two factors, or as a whole matrix."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.linalg import leading_subspace, product_svd
+
+
+class LoraFactors(NamedTuple):
+    """`dW = B @ A`; the LoRA scale is folded in, its square root on each side."""
+
+    B: Tensor  # (d_out, r)
+    A: Tensor  # (r, d_in)
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight it updates, `(d_out, d_in)`."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def dense(self) -> Tensor:
+        return self.B @ self.A
+
+    def norm(self) -> Tensor:
+        """`||dW||` in float64, from the Grams: `||B A||^2 = <B^T B, A A^T>`."""
+        B, A = self.B.double(), self.A.double()
+        return ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt()
+
+    def scaled(self, factor: float) -> "LoraFactors":
+        """`factor * dW`, with `sqrt|factor|` on each side and its sign on `B`."""
+        root = abs(factor) ** 0.5
+        return self._replace(B=self.B * (root if factor >= 0 else -root), A=self.A * root)
+
+    def to(self, dtype: torch.dtype) -> "LoraFactors":
+        return self._replace(B=self.B.to(dtype), A=self.A.to(dtype))
+
+    def padded(self, rank: int) -> "LoraFactors":
+        """The same update with zero columns and rows up to `rank`."""
+        extra = rank - self.rank
+        if not extra:
+            return self
+        return LoraFactors(
+            torch.nn.functional.pad(self.B, (0, extra)), torch.nn.functional.pad(self.A, (0, 0, 0, extra))
+        )
+
+
+class LowRank(LoraFactors):
+    """`dW = B @ A`."""
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`U (d_out, k)`, `S (k,)`, `V^T (k, d_in)` of the update in float64."""
+        return product_svd(*self)
+
+    def rebuilt(self, U: Tensor, S: Tensor, Vh: Tensor) -> "LowRank":
+        """Other singular triplets in the precision of these factors, balanced: `B = U sqrt(S)`, `A = sqrt(S) V^T`."""
+        root = S.sqrt()
+        return LowRank((U * root).to(self.B.dtype), (root[:, None] * Vh).to(self.A.dtype))
+
+    def truncated(self, rank: int) -> "LowRank":
+        """The closest update of a lower rank, in balanced factors."""
+        U, S, Vh = self.svd()
+        return self.rebuilt(U[:, :rank], S[:rank], Vh[:rank])
+
+    def apply_to(self, W: Tensor) -> Tensor:
+        """`W + B A`, computed and returned in the precision of the factors; a convolution's W as `(d_out, rest)`."""
+        return torch.addmm(W.flatten(1).to(self.B.dtype), self.B, self.A).view_as(W)
+
+
+class Dense(NamedTuple):
+    """`dW` itself."""
+
+    dW: Tensor  # (d_out, d_in)
+
+    @property
+    def rank(self) -> int:
+        return min(self.dW.shape)
+
+    def dense(self) -> Tensor:
+        return self.dW
+
+    def norm(self) -> Tensor:
+        return self.dW.norm()
+
+    def scaled(self, factor: float) -> "Dense":
+        return self if factor == 1 else Dense(self.dW * factor)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`U`, `S`, `V^T` of the whole matrix, in its own precision: it is large."""
+        return torch.linalg.svd(self.dW, full_matrices=False)
+
+    def rebuilt(self, U: Tensor, S: Tensor, Vh: Tensor) -> "Dense":
+        """Other singular triplets in the precision of this update."""
+        return Dense(((U * S) @ Vh).to(self.dW.dtype))
+
+    def truncated(self, rank: int) -> LowRank:
+        """The closest update of a lower rank; for large weights by subspace iteration on a few more directions."""
+        M = self.dW
+        if min(M.shape) <= 1024:
+            one = torch.eye(min(M.shape)).to(M)
+            return (LowRank(one, M) if len(one) == len(M) else LowRank(M, one)).truncated(rank)
+        Q = leading_subspace(M, rank + 16, seed=0, steps=8)
+        return LowRank(M @ Q, Q.mT).truncated(rank)
+
+    def apply_to(self, W: Tensor) -> Tensor:
+        """`W + dW`, computed and returned in the precision of the update."""
+        return W.to(self.dW.dtype) + self.dW.reshape(W.shape)
+
+
+def nonzero(factors: Sequence[LoraFactors]) -> list[int]:
+    """Indices of the adapters whose update is not zero, for rules that divide by norms; of the first, if all are."""
+    return [t for t, f in enumerate(factors) if f.norm()] or [0]
