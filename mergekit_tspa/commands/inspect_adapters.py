@@ -9,9 +9,10 @@ from rich.console import Console
 
 from mergekit_tspa.commands.options import MergeCommand
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.plugin.inspection_of import inspect_adapters, inspect_recipe
+from mergekit_tspa.insight.gather import inspect_adapters
+from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
 from mergekit_tspa.plugin.recipe import read_recipe
-from mergekit_tspa.plugin.tasks import Bar
+from mergekit_tspa.progress import Bar
 
 
 @click.command("inspect", cls=MergeCommand)

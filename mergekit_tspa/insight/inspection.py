@@ -1,7 +1,7 @@
 """All numbers of one report: what `measures` says of every module, and what a merge leaves of the adapters."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import nan
 from typing import NamedTuple
@@ -13,12 +13,13 @@ from mergekit_tspa.adapters import Adapter, ExtractedModule
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.measures import SAMPLE, Measures, cosines, interference, measure
 from mergekit_tspa.linalg import product_overflows
-from mergekit_tspa.merging.plan import TensorPlan
+from mergekit_tspa.merging.outputs import TensorPlan
+from mergekit_tspa.merging.plan import MergePlan
+from mergekit_tspa.methods.inputs import Progress, silent
 from mergekit_tspa.methods.report import Report, Truncation, summary
 from mergekit_tspa.updates import LoraFactors
 
 _BYTES = 2**28  # what one stack of modules may take
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -181,33 +182,33 @@ class Inspection:
         return (total / torch.bincount(cells, minlength=shape.numel())).view(shape)
 
 
-def inspect_plans(
-    plans: Sequence[TensorPlan],
+def inspect_plan(
+    plan: MergePlan,
     adapters: Sequence[Adapter],
     kinds_of: Sequence[str],
     title: str,
-    progress: Progress = lambda stage, done: None,
+    progress: Progress = silent,
     device: torch.device | str | None = None,
     notes: Sequence[str] = (),
 ) -> Inspection:
-    """Measure all that the plans merge.
+    """Measure all that a plan merges.
 
     Modules of one shape that adapters of the same ranks touch are measured together.
 
     Raises:
         InputError: there is nothing to measure, or an update is too large for float32.
     """
-    low_rank = [plan for plan in plans if plan.sources]
+    low_rank = plan.tensors
     if not low_rank:
         raise InputError("no adapter has a low-rank update, so there is nothing to inspect")
     index = {adapter: t for t, adapter in enumerate(adapters)}
     measures = Measures.empty(len(low_rank), len(adapters))
     weights = measures.norm.clone()
     stacks: dict[tuple, list[int]] = {}
-    for i, plan in enumerate(low_rank):
-        present = tuple(index[adapter] for adapter, _ in plan.sources)
-        weights[i, list(present)] = torch.tensor(plan.weights, dtype=torch.float64)
-        stacks.setdefault((plan.modules[0].shape, present, tuple(plan.ranks), _made(plan)), []).append(i)
+    for i, tensor in enumerate(low_rank):
+        present = tuple(index[adapter] for adapter, _ in tensor.sources)
+        weights[i, list(present)] = torch.tensor(tensor.weights, dtype=torch.float64)
+        stacks.setdefault((tensor.shape, present, tuple(tensor.ranks), _made(tensor)), []).append(i)
     done = 0
     for (shape, present, ranks, made), modules in stacks.items():
         each = 24 * sum(ranks) * sum(shape) + 12 * len(present) * SAMPLE
@@ -219,8 +220,8 @@ def inspect_plans(
             measures.put(part, present, measure(factors))
             done += len(part)
     progress("measuring", 1.0)
-    tensors, widths = [plan.name for plan in low_rank], [plan.modules[0].shape[1] for plan in low_rank]
-    notes = [*notes, *_not_measured(plans)]
+    tensors, widths = [tensor.name for tensor in low_rank], [tensor.shape[1] for tensor in low_rank]
+    notes = [*notes, *_not_measured(plan.every)]
     return Inspection([*adapters], [*kinds_of], tensors, widths, weights, measures, notes, title)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.findings import Finding
-from mergekit_tspa.insight.inspection import Inspection, Progress
+from mergekit_tspa.insight.inspection import Inspection
 from mergekit_tspa.insight.pictures import NAMES, THEMES, pictures
+from mergekit_tspa.methods.inputs import Progress
 
 PAGE = "inspect.html"
 PNG = "inspect-{}.png"

@@ -2,31 +2,23 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import (
-    Adapter,
-    Extraction,
-    extract_adapter,
-    is_model,
-    locate_adapter,
-    log_kept,
-    read_adapter,
-)
+from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, is_model, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.base.geometry import AttentionGeometry, in_attention
+from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.merging.finish import MergedUpdate
-from mergekit_tspa.merging.merge import merge_tensors, survey_tensors
-from mergekit_tspa.merging.pair_plans import load_side, plan_pairs
-from mergekit_tspa.merging.plan import TensorPlan, check_plans, plan_tensor
-from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.inputs import Pair, PairPlan, Parameters, Progress
-from mergekit_tspa.methods.method import Method
-from mergekit_tspa.methods.report import Report, summary
+from mergekit_tspa.merging.finish import MergedUpdate, finish
+from mergekit_tspa.merging.merge import log_merge, merge_plan
+from mergekit_tspa.merging.outputs import Wanted
+from mergekit_tspa.merging.plan import MergePlan, plan_merge
+from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.inputs import Parameters, Progress, silent
+from mergekit_tspa.methods.report import Report, Truncation, summary
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
@@ -35,7 +27,7 @@ BaseLike = str | os.PathLike | Mapping[str, Tensor]
 class MergedAdapters(dict[str, MergedUpdate]):
     """`{module: update}`, and what the method's solvers report of each stage."""
 
-    reports: Sequence[Report] = ()
+    reports: Sequence[Report | Truncation] = ()
 
 
 @torch.no_grad()
@@ -46,7 +38,7 @@ def merge_adapters(
     base: BaseLike | None = None,
     geometry: AttentionGeometry | None = None,
     device: torch.device | str | None = None,
-    progress: Progress = lambda stage, done, left: None,
+    progress: Progress = silent,
     **parameters,
 ) -> MergedAdapters:
     """Merge LoRA adapters of one base into one update per module.
@@ -99,19 +91,12 @@ def merge_adapters(
     model = None if base is None else ModelTensors.of("the base", base)
     extraction = row.extraction(parameters)
     loaded, touched = zip(*(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters)))
-    plans = plan_adapters(row, bound, loaded, touched, weights)
-    low_rank = [plan for plan in plans if plan.sources]
-    check_plans(row, low_rank)
-    pairs = [
-        Pair(pair, *(load_side(pair, side, base.__getitem__, device) for side in (pair.x, pair.y)))
-        for pair in _plan_pairs(row, low_rank, base, model and model.shapes, geometry)
-    ]
-    survey = survey_tensors(row, low_rank, device)
-    updates, reports = merge_tensors(row, low_rank, pairs, device, progress, survey)
-    for adapter in loaded:
-        log_kept(adapter)
-    found = {plan.name: update for plan, update in zip(low_rank, updates)}
-    merged = MergedAdapters({plan.name.removesuffix(".weight"): plan.finish(found.get(plan.name)) for plan in plans})
+    plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry)
+    updates, reports = merge_plan(plan, device, progress)
+    log_merge([], loaded)
+    merged = MergedAdapters(
+        {tensor.name.removesuffix(".weight"): finish(tensor, updates.get(tensor.name)) for tensor in plan.every}
+    )
     merged.reports = summary(reports)
     return merged
 
@@ -122,26 +107,54 @@ def plan_adapters(
     adapters: Sequence[Adapter],
     touched: Sequence[Mapping[str, str]],
     weights: Sequence[float],
-) -> list[TensorPlan]:
-    """What a method merges, weight by weight.
+    model: ModelTensors | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    geometry: AttentionGeometry | None = None,
+) -> MergePlan:
+    """A merge of adapters with one weight and one set of parameters for all tensors.
 
     Args:
         touched: per adapter `{tensor: module that updates it}`
+        model: the base as adapters see it
+        base: its tensors
+        geometry: its head counts, where `base` is a mapping
 
     Raises:
-        InputError: updates of one weight have different shapes, or `weights` are out of the method's range.
+        InputError: what `plan_merge` refuses, or no head counts where they are needed.
     """
-    plans = []
-    names = (name for adapter, modules in zip(adapters, touched) for name in (*modules, *adapter.changes))
-    for weight in dict.fromkeys(names):
-        sources = [(a, modules[weight], w) for a, modules, w in zip(adapters, touched, weights) if weight in modules]
-        changes = [(a, a.changes[weight], w) for a, w in zip(adapters, weights) if weight in a.changes]
-        sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in sources}
-        if len(set(sizes.values())) > 1:
-            raise InputError(f"{weight}: updates of different shapes {sizes}; the adapters belong to different bases")
-        if (plan := plan_tensor(method, weight, sources, parameters, changes)) is not None:
-            plans.append(plan)
-    return plans
+    names = dict.fromkeys(name for a, modules in zip(adapters, touched) for name in (*modules, *a.changes))
+    wanted = [
+        Wanted(
+            output=name,
+            base=name,
+            name=name,
+            index=(),
+            sources=[(a, modules[name], w) for a, modules, w in zip(adapters, touched, weights) if name in modules],
+            changes=[(a, a.changes[name], w) for a, w in zip(adapters, weights) if name in a.changes],
+            parameters=parameters,
+        )
+        for name in names
+    ]
+
+    @cache
+    def geometry_of(block: str) -> AttentionGeometry:
+        if geometry is not None:
+            return geometry
+        if not isinstance(base, Checkpoint):
+            raise InputError(
+                f"{method.name}: give the head counts with a base of tensors (geometry=AttentionGeometry(..))"
+            )
+        return AttentionGeometry.from_config(base.config(), block)
+
+    return plan_merge(
+        method,
+        adapters,
+        bases={name: name for name in names},
+        wanted=wanted,
+        read=None if base is None else base.__getitem__,
+        shapes=None if model is None else model.shapes,
+        geometry_of=geometry_of,
+    )
 
 
 def load_adapter(
@@ -158,22 +171,3 @@ def load_adapter(
     else:
         adapter = read_adapter(locate_adapter(path), path)
     return adapter.fit(base) if base else (adapter, adapter.tensors)
-
-
-def _plan_pairs(
-    method: Method,
-    plans: Sequence[TensorPlan],
-    base: Mapping[str, Tensor] | None,
-    shapes: Mapping[str, tuple[int, ...]] | None,
-    geometry: AttentionGeometry | None,
-) -> list[PairPlan]:
-    if not method.attention or not any(plan.parameters.attention_steps and in_attention(plan.name) for plan in plans):
-        return []
-    if base is None or shapes is None:
-        raise InputError(f"{method.name} looks at attention products: give it the base model (base=)")
-    if geometry is not None:
-        return list(plan_pairs(plans, shapes, lambda block: geometry))
-    if not isinstance(base, Checkpoint):
-        raise InputError(f"{method.name}: give the head counts with a base of tensors (geometry=AttentionGeometry(..))")
-    config = base.config()
-    return list(plan_pairs(plans, shapes, lambda block: AttentionGeometry.from_config(config, block)))

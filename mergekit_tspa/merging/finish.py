@@ -1,13 +1,17 @@
-"""What is done to one weight: a method's low-rank or dense update, and what comes on top without its doing."""
+"""From merged updates to tensors: DoRA's magnitudes and directly trained tensors join, and the base is rounded once."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Change
+from mergekit_tspa.adapters import Adapter, Change
 from mergekit_tspa.base.tensors import Index
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.linalg import finite
+from mergekit_tspa.merging.outputs import OutputTensor, TensorPlan
+from mergekit_tspa.methods.inputs import Parameters
 from mergekit_tspa.updates import Dense, LoraFactors, LowRank
 
 
@@ -49,8 +53,8 @@ def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) 
     """`sum_t a_t delta_t / sum_t |a_t|` over the adapters that trained the tensor itself, in float32.
 
     No method looks at such tensors (biases, norms, heads, embeddings, token rows), and there is no update whose
-    size a weight could set: so they all merge as this mean.  Of trained tokens, a row's mean is over the adapters
-    that have this row.  Who left the tensor as it was has no part in the mean.
+    size a weight could set, so all of them merge as this mean.  Of trained tokens, a row's mean is over the adapters
+    that have this row.  Adapters that leave the tensor unchanged are excluded from its mean.
 
     Args:
         W: the base's tensor.
@@ -83,6 +87,31 @@ class Changed(NamedTuple):
 MergedUpdate: TypeAlias = LowRank | Dense | Dora | Changed
 
 
+def finish(plan: TensorPlan, update: LowRank | Dense | None) -> MergedUpdate:
+    """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes.
+
+    Args:
+        update: what the method made of the tensor; None if no adapter has factors for it
+    """
+    default = type(plan.parameters).model_fields["lambda_"].default
+    scale = plan.parameters.lambda_ / default
+    finished: LowRank | Dense | Dora | None = update
+    if update is not None and plan.is_dora:
+        magnitudes = [
+            adapter.factors(name) if module.magnitude is None else module.magnitude
+            for (adapter, name), module in zip(plan.sources, plan.modules)
+        ]
+        transposed = any(module.transposed for module in plan.modules)
+        shares = [scale * a / max(1, sum(map(abs, plan.weights))) for a in plan.weights]
+        finished = Dora(update, magnitudes, shares, transposed)
+    if plan.changes:
+        changes, weights = zip(*plan.changes)
+        return Changed(finished, changes, weights, scale)
+    if finished is None:
+        raise ValueError(f"{plan.name}: nothing is merged there")
+    return finished
+
+
 def apply_parts(W: Tensor, parts: Iterable[tuple[Index, MergedUpdate]], dtype: torch.dtype) -> Tensor:
     """A tensor with its parts updated in the precision of the updates, rounded once."""
     result = None
@@ -93,3 +122,43 @@ def apply_parts(W: Tensor, parts: Iterable[tuple[Index, MergedUpdate]], dtype: t
             result = W.to(dtype, copy=True) if result is None else result
             result[index] = update.apply_to(W[index])
     return W.to(dtype) if result is None else result
+
+
+def finish_tensor(
+    output: OutputTensor, W: Tensor, updates: Mapping[str, LowRank | Dense], dtype: torch.dtype | None = None
+) -> Tensor:
+    """A tensor of the merged model.
+
+    Args:
+        W: the base's
+        updates: merged, by the names of the parts
+        dtype: of the result, by default that of `W`
+
+    Raises:
+        InputError: the result is not finite.
+    """
+    dtype = dtype or W.dtype
+    parts = [(part.index, finish(part.plan, updates.get(part.plan.name))) for part in output.parts]
+    merged = apply_parts(W, parts, dtype)
+    if not finite(merged):
+        raise InputError(f"{output.base}: the merged weight holds NaN, or is too large for {dtype}")
+    return merged
+
+
+def apply_adapter(
+    W: Tensor, adapter: Adapter, modules: Mapping[str, str], parts: Mapping[str, Index], device: torch.device | str
+) -> Tensor:
+    """A tensor of the base with one adapter of weight 1, in the base's dtype.
+
+    Args:
+        modules: `{tensor, or expert of a fused one: module that updates it}`
+        parts: what the adapter changes of this tensor, and where
+    """
+    applied = []
+    for part, index in parts.items():
+        sources = [(adapter, modules[part])] if part in modules else []
+        changes = [(adapter.changes[part], 1.0)] if part in adapter.changes else []
+        plan = TensorPlan(part, sources, [1.0] * len(sources), Parameters(), changes)
+        update = LowRank(*adapter.factors(modules[part], device=device)) if sources else None
+        applied.append((index, finish(plan, update)))
+    return apply_parts(W, applied, W.dtype)

@@ -1,35 +1,116 @@
-"""x"""
+"""From a plan to merged updates: load the factors, take statistics, merge, and check what comes out."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter, ExtractedModule
+from mergekit_tspa.adapters import Adapter, ExtractedModule, log_kept
+from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import finite, product_overflows
-from mergekit_tspa.merging.plan import TensorPlan, surveys
-from mergekit_tspa.methods.inputs import Pair, Progress, TensorInputs
+from mergekit_tspa.merging.outputs import TensorPlan
+from mergekit_tspa.merging.pair_plans import load_side
+from mergekit_tspa.merging.plan import Chunk, MergePlan
+from mergekit_tspa.methods.inputs import Pair, Progress, Survey, TensorInputs, silent
 from mergekit_tspa.methods.method import Merged, Method, prepared
-from mergekit_tspa.methods.report import Truncation
+from mergekit_tspa.methods.report import Report, Truncation, summary
 from mergekit_tspa.updates import Dense, LowRank
 
 LOG = logging.getLogger(__name__)
 
+Device: TypeAlias = torch.device | str | None
+Updates: TypeAlias = dict[str, LowRank | Dense]  # by tensor
 
-def survey_tensors(
-    method: Method, plans: Sequence[TensorPlan], device: torch.device | str | None = None
-) -> Mapping[Adapter, torch.Tensor] | None:
-    """The method's statistics over the whole model, or None if it wants none."""
-    if not surveys(method, plans):
+
+def merge_plan(plan: MergePlan, device: Device = None, progress: Progress = silent) -> tuple[Updates, list]:
+    """Merge everything in one batch.
+
+    Returns:
+        The update of every tensor that the method merges, and what its solvers report.
+
+    Raises:
+        InputError: an update is too large for float32, or a merged one is not finite.
+    """
+    updates, reports = next(merge_chunks(plan, [plan.whole], device, progress))
+    return updates, reports
+
+
+def merge_chunks(
+    plan: MergePlan, chunks: Sequence[Chunk], device: Device = None, progress: Progress = silent
+) -> Iterator[tuple[Updates, list[Report | Truncation]]]:
+    """The updates and reports of each chunk, one after the other."""
+    survey = survey_plan(plan, device)
+    for done, chunk in enumerate(chunks):
+
+        def share(stage: str, fraction: float, left: float | None = None, done: int = done) -> None:
+            progress(stage, (done + fraction) / len(chunks), left)
+
+        grams = [load_side(pair, side, plan.read, device) for pair in chunk.pairs for side in (pair.x, pair.y)]
+        updates, reports = merge_chunk(plan.method, chunk, grams, survey, device, share)
+        yield dict(zip((tensor.name for tensor in chunk.tensors), updates)), reports
+
+
+def merge_chunk(
+    method: Method,
+    chunk: Chunk,
+    grams: Sequence[SideGrams],
+    survey: Survey | None = None,
+    device: Device = None,
+    progress: Progress = silent,
+) -> Merged:
+    """Load the factors of a chunk, merge them, cut them to `rank`, and check that they are finite.
+
+    Args:
+        grams: of the chunk's pairs, side x then side y of each
+    """
+    pairs = [Pair(*parts) for parts in zip(chunk.pairs, grams[::2], grams[1::2])]
+    inputs = [load_tensor(method, plan, device)._replace(survey=survey) for plan in chunk.tensors]
+    _warn_of_zeros(chunk.tensors, inputs)
+    changed = [w for w in inputs if w.factors]
+    merged = method.merge(changed, pairs, progress)
+    updates = dict(zip((w.name for w in changed), merged.updates))
+    kept: dict[str, float] = {}
+    for plan in chunk.tensors:
+        update = updates.setdefault(plan.name, _zero(plan, device))
+        if not _bounded(update):
+            names = ", ".join(adapter.name for adapter, _ in plan.sources)
+            raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
+        rank = plan.parameters.rank
+        if rank and (rank < update.rank or isinstance(update, Dense)):
+            updates[plan.name] = update.truncated(rank)
+            kept[plan.name] = (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
+    reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
+    return Merged([updates[plan.name] for plan in chunk.tensors], reports)
+
+
+def survey_plan(plan: MergePlan, device: Device = None) -> Survey | None:
+    """The method's statistics over all tensors, or None if it wants none."""
+    if not plan.surveys or plan.method.survey is None:
         return None
-    return method.survey(
-        lambda: (prepared(w) for w in (load_tensor(method, plan, device) for plan in plans) if w.factors)
+    return plan.method.survey(
+        lambda: (
+            prepared(w) for w in (load_tensor(plan.method, tensor, device) for tensor in plan.tensors) if w.factors
+        )
     )
 
 
-def load_tensor(method: Method, plan: TensorPlan, device: torch.device | str | None) -> TensorInputs:
-    """Load the factors of a weight in float32, without adapters whose update is zero.
+def record_tensor(
+    method: Method, plan: TensorPlan, survey: Survey | None = None, device: Device = None
+) -> Mapping[str, Tensor]:
+    """What a method keeps of a tensor beside the model, and as `tasks` whose it is; nothing if all updates are zero."""
+    w = load_tensor(method, plan, device)._replace(survey=survey)
+    if not w.factors or method.record is None:
+        return {}
+    adapters = [adapter for adapter, _ in plan.sources]
+    tasks = torch.tensor([adapters.index(adapter) for adapter in w.adapters])
+    return {"tasks": tasks, **method.record(w)}
+
+
+def load_tensor(method: Method, plan: TensorPlan, device: Device) -> TensorInputs:
+    """Load the factors of a tensor in float32, without adapters whose update is zero.
 
     Raises:
         InputError: an adapter's update, its scale included, is too large for float32.
@@ -47,48 +128,35 @@ def load_tensor(method: Method, plan: TensorPlan, device: torch.device | str | N
     return TensorInputs(plan.name, factors, weights, plan.parameters, adapters)
 
 
-def merge_tensors(
-    method: Method,
-    plans: Sequence[TensorPlan],
-    pairs: Sequence["Pair"] = (),
-    device: torch.device | str | None = None,
-    progress: Progress = lambda stage, done, left: None,
-    survey: Mapping[Adapter, torch.Tensor] | None = None,
-) -> Merged:
-    """Load the factors of all plans, merge them, and check that the updates are finite."""
-    inputs = [load_tensor(method, plan, device)._replace(survey=survey) for plan in plans]
-    _warn_of_zeros(plans, inputs)
-    changed = [w for w in inputs if w.factors]
-    merged = method.merge(changed, pairs, progress)
-    updates = dict(zip((w.name for w in changed), merged.updates))
-    kept: dict[str, float] = {}
-    for plan in plans:
-        update = updates.setdefault(plan.name, _zero(plan, device))
-        if not finite(*update) or (len(update) == 2 and product_overflows(update, update.rank)):
-            names = ", ".join(adapter.name for adapter, _ in plan.sources)
-            raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
-        rank = plan.parameters.rank
-        if rank and (rank < update.rank or isinstance(update, Dense)):
-            updates[plan.name] = update.truncated(rank)
-            kept[plan.name] = (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
-    reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
-    return Merged([updates[plan.name] for plan in plans], reports)
+def log_merge(reports: Sequence[Report | Truncation], adapters: Sequence[Adapter]) -> None:
+    """Say what the solvers did, and what of updates and full models was left out."""
+    for report in summary(reports):
+        LOG.log(logging.WARNING if isinstance(report, Truncation) else logging.INFO, "%s", report)
+    for adapter in adapters:
+        log_kept(adapter)
+
+
+def _bounded(update: LowRank | Dense) -> bool:
+    """Whether no entry of it is NaN, or infinite, or could become so when its factors are multiplied."""
+    return finite(*update) and (isinstance(update, Dense) or not product_overflows(update, update.rank))
 
 
 def _warn_of_zeros(plans: Sequence[TensorPlan], inputs: Sequence[TensorInputs]) -> None:
     dropped: dict[Adapter, list[str]] = {}
     for plan, w in zip(plans, inputs):
         for adapter, module in plan.sources:
-            # A full model may well leave most weights as they are; log_kept counts them.
+            # A full model may well leave most tensors as they are; log_kept counts them.
             if adapter not in w.adapters and not isinstance(adapter.modules[module], ExtractedModule):
                 dropped.setdefault(adapter, []).append(plan.name)
     for adapter, names in dropped.items():
         LOG.warning(
             "%s: its update of %d weights is zero, %s among them; it takes no part there",
-            *(adapter.name, len(names), names[0]),
+            adapter.name,
+            len(names),
+            names[0],
         )
 
 
-def _zero(plan: TensorPlan, device: torch.device | str | None) -> LowRank:
-    d_out, d_in = plan.modules[0].shape
+def _zero(plan: TensorPlan, device: Device) -> LowRank:
+    d_out, d_in = plan.shape
     return LowRank(torch.zeros(d_out, 1, device=device), torch.zeros(1, d_in, device=device))

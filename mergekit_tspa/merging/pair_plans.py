@@ -12,7 +12,7 @@ from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.attention import SideGrams, input_side, output_side, query_side, side_grams
 from mergekit_tspa.base.geometry import KNOWN_LAYOUTS, AttentionGeometry, attention_blocks, attention_role, in_attention
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.merging.plan import TensorPlan
+from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.methods.inputs import PairPlan, PairSide
 from mergekit_tspa.methods.pairs import oriented
 from mergekit_tspa.updates import LoraFactors

@@ -1,114 +1,219 @@
-"""x"""
+"""A merge as a value: which tensors, whose factors, which weights, which attention pairs.
+
+A `MergePlan` is made once, from a recipe or from a call in Python, before a factor is loaded.  What is done with it
+are functions: `merging.merge` loads, surveys and merges, `merging.finish` applies the updates to the base's tensors,
+`merging.servable` says what of it can be an adapter.
+"""
 
 import logging
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple, TypeAlias
 
-from mergekit_tspa.adapters import Adapter, Change, LoraModule
+from torch import Tensor
+
+from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.base.geometry import AttentionGeometry, in_attention
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.merging.finish import Changed, Dora, MergedUpdate
-from mergekit_tspa.methods.inputs import Parameters, Planned
+from mergekit_tspa.merging.outputs import OutputTensor, Part, TensorPlan, Wanted
+from mergekit_tspa.merging.pair_plans import plan_pairs
+from mergekit_tspa.methods.inputs import PairPlan
 from mergekit_tspa.methods.method import Method
-from mergekit_tspa.updates import Dense, LowRank
 
 LOG = logging.getLogger(__name__)
 
+ReadTensor: TypeAlias = Callable[[str], Tensor]  # a tensor of the base, by its name in the output
 
-class TensorPlan(NamedTuple):
-    """One weight to merge, before its factors are loaded."""
 
-    name: str
-    sources: Sequence[tuple[Adapter, str]]  # the adapter and its module
-    weights: Sequence[float]
-    parameters: Parameters
-    changes: Sequence[tuple[Change, float]] = ()  # of adapters that trained it directly, and their weights
+class Unit(NamedTuple):
+    """Tensors that must be merged together: one, or those of an attention block with their pairs."""
 
-    @property
-    def ranks(self) -> list[int]:
-        return [module.rank for module in self.modules]
-
-    @property
-    def planned(self) -> Planned:
-        return Planned(self.name, self.modules[0].shape, self.ranks, self.parameters)
+    tensors: tuple[TensorPlan, ...]
+    pairs: tuple[PairPlan, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of its factors in float32."""
-        return sum(4 * module.rank * sum(module.shape) for module in self.modules)
+        return sum(plan.nbytes for plan in self.tensors) + sum(pair.nbytes for pair in self.pairs)
+
+
+Chunk: TypeAlias = Unit  # some units put together, to be solved in one batch
+
+
+@dataclass(frozen=True, eq=False)
+class MergePlan:
+    """Everything about a merge that is decided before a factor is loaded."""
+
+    method: Method
+    adapters: tuple[Adapter, ...]  # in the order of the recipe
+    outputs: tuple[OutputTensor, ...]
+    pairs: tuple[PairPlan, ...]
+    read: ReadTensor | None  # None: no base is at hand
+
+    @cached_property
+    def changed(self) -> dict[str, OutputTensor]:
+        """The outputs that differ from the base."""
+        return {output.name: output for output in self.outputs if output.parts}
+
+    @cached_property
+    def every(self) -> tuple[TensorPlan, ...]:
+        """All tensors that adapters change, in whatever way."""
+        return tuple(part.plan for output in self.outputs for part in output.parts)
+
+    @cached_property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """The tensors with low-rank updates, which the method merges."""
+        return tuple({plan.name: plan for plan in self.every if plan.sources}.values())
 
     @property
-    def modules(self) -> list[LoraModule]:
-        return [adapter.modules[module] for adapter, module in self.sources]
+    def surveys(self) -> bool:
+        """Whether the method asks for statistics over all tensors before it merges the first."""
+        return self.method.survey is not None and any(plan.parameters.scope == "model" for plan in self.tensors)
 
-    def finish(self, update: LowRank | Dense | None) -> MergedUpdate:
-        """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes."""
-        scale = self.parameters.lambda_ / type(self.parameters).model_fields["lambda_"].default
-        if any(module.magnitude is not None for module in self.modules):
-            magnitudes = [
-                adapter.factors(name) if module.magnitude is None else module.magnitude
-                for (adapter, name), module in zip(self.sources, self.modules)
-            ]
-            transposed = any(module.transposed for module in self.modules)
-            shares = [scale * a / max(1, sum(map(abs, self.weights))) for a in self.weights]
-            update = Dora(update, magnitudes, shares, transposed)
-        return Changed(update, *zip(*self.changes), scale) if self.changes else update
+    def weights_of(self) -> dict[str, set[float]]:
+        """The weights that each adapter has, by its name."""
+        weights: dict[str, set[float]] = {}
+        for plan in self.every:
+            for (adapter, _), weight in zip(plan.sources, plan.weights):
+                weights.setdefault(adapter.name, set()).add(weight)
+        return weights
+
+    def only(self, wanted: Callable[[str], bool]) -> "MergePlan":
+        """The same merge of some of its tensors, by their names, with the pairs that have a tensor there."""
+        outputs = tuple(
+            output._replace(parts=tuple(part for part in output.parts if wanted(part.plan.name)))
+            for output in self.outputs
+        )
+        pairs = tuple(pair for pair in self.pairs if wanted(pair.x.tensor) or wanted(pair.y.tensor))
+        return replace(self, outputs=outputs, pairs=pairs)
+
+    @property
+    def whole(self) -> "Chunk":
+        """All of it in one chunk."""
+        return Unit(self.tensors, self.pairs)
+
+    def units(self, order: Callable[[str], str] | None = None) -> list[Unit]:
+        """The tensors grouped by attention block, sorted by `order(name)`, the recipe's order by default."""
+        block_of = {side.tensor: pair.block for pair in self.pairs for side in (pair.x, pair.y)}
+        plans = self.tensors if order is None else sorted(self.tensors, key=lambda plan: order(plan.name))
+        tensors: dict[str, list[TensorPlan]] = {}
+        for plan in plans:
+            tensors.setdefault(block_of.get(plan.name, plan.name), []).append(plan)
+        pairs: dict[str, list[PairPlan]] = {}
+        for pair in self.pairs:
+            pairs.setdefault(pair.block, []).append(pair)
+        return [Unit(tuple(plans), tuple(pairs.get(block, ()))) for block, plans in tensors.items()]
+
+    def chunks(self, budget: float = math.inf, order: Callable[[str], str] | None = None) -> Iterator[Chunk]:
+        """Units put together up to `budget` bytes; a method with dense updates gets one tensor at a time."""
+        chunk: list[Unit] = []
+        size = 0
+        for unit in self.units(order):
+            if chunk and (self.method.result.dense or size + unit.nbytes > budget):
+                yield _joined(chunk)
+                chunk, size = [], 0
+            chunk.append(unit)
+            size += unit.nbytes
+        if chunk:
+            yield _joined(chunk)
 
 
-def plan_tensor(
+def _joined(units: Sequence[Unit]) -> Chunk:
+    tensors = tuple(plan for unit in units for plan in unit.tensors)
+    return Chunk(tensors, tuple(pair for unit in units for pair in unit.pairs))
+
+
+def plan_merge(
     method: Method,
-    name: str,
-    sources: Sequence[tuple[Adapter, str, float]],
-    parameters: Parameters,
-    changes: Sequence[tuple[Adapter, Change, float]] = (),
-) -> TensorPlan | None:
-    """Keep the adapters of non-zero weight; None when there is none.
+    adapters: Sequence[Adapter],
+    bases: Mapping[str, str],
+    wanted: Iterable[Wanted],
+    *,
+    read: ReadTensor | None = None,
+    shapes: Mapping[str, tuple[int, ...] | None] | None = None,
+    geometry_of: Callable[[str], AttentionGeometry] | None = None,
+) -> MergePlan:
+    """Decide everything about a merge, and refuse what cannot be done.
+
+    Args:
+        bases: `{tensor of the output: tensor of the base}`, in the order of the output
+        wanted: what adapters do to them
+        read: reads a tensor of the base by its name in the output
+        shapes: of the output's tensors as far as they are known, for methods that look at attention products
+        geometry_of: head counts of an attention block, for such methods
 
     Raises:
-        InputError: a weight is not finite, or below what the method is defined for.
+        InputError: a weight out of the method's range, updates of different shapes, a rank that nothing carries,
+            parameters that contradict each other, an attention layout that is not known, no base where one is needed.
     """
-    for adapter, _, weight in (*sources, *changes):
+    parts: dict[str, list[Part]] = {name: [] for name in bases}
+    unweighted = []
+    for want in wanted:
+        plan = _plan_tensor(method, want)
+        if plan is not None:
+            parts[want.output].append(Part(want.index, plan))
+        else:
+            unweighted.append(want.output)
+    if silent := [name for name in dict.fromkeys(unweighted) if not parts[name]]:
+        named = f"{silent[0]} and {len(silent) - 1} more" if silent[1:] else silent[0]
+        LOG.warning("%s: all weights are zero, so the base stays as it is", named)
+    outputs = tuple(OutputTensor(name, base, tuple(parts[name])) for name, base in bases.items())
+    plan = MergePlan(method, tuple(adapters), outputs, (), read)
+    _check(plan)
+    if not (method.attention and any(t.parameters.attention_steps and in_attention(t.name) for t in plan.tensors)):
+        return plan
+    if read is None or shapes is None or geometry_of is None:
+        raise InputError(f"{method.name} looks at attention products: give it the base model (base=)")
+    return replace(plan, pairs=tuple(plan_pairs(plan.tensors, shapes, geometry_of)))
+
+
+def _plan_tensor(method: Method, want: Wanted) -> TensorPlan | None:
+    """Keep the adapters of non-zero weight; None when there is none."""
+    for adapter, _, weight in (*want.sources, *want.changes):
         if not math.isfinite(weight) or weight < method.min_weight:
             raise InputError(
-                f"{adapter.name}: weight {weight} for {name}: {method.name} takes finite weights"
+                f"{adapter.name}: weight {weight} for {want.name}: {method.name} takes finite weights"
                 + (f" of at least {method.min_weight:g}" if math.isfinite(method.min_weight) else "")
             )
-    kept = [(adapter, module, weight) for adapter, module, weight in sources if weight]
-    changed = [(change, weight) for _, change, weight in changes if weight]
-    if not kept and not changed:
+    sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in want.sources}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"{want.name}: updates of different shapes {sizes}; the adapters belong to different bases")
+    sources = [(adapter, module) for adapter, module, weight in want.sources if weight]
+    weights = [weight for _, _, weight in want.sources if weight]
+    changes = [(change, weight) for _, change, weight in want.changes if weight]
+    if not sources and not changes:
         return None
-    return TensorPlan(name, [k[:2] for k in kept], [k[2] for k in kept], parameters, changed)
+    return TensorPlan(want.name, sources, weights, want.parameters, changes)
 
 
-def check_plans(method: Method, plans: Sequence[TensorPlan]) -> None:
+def _check(plan: MergePlan) -> None:
     """What can be said of a whole merge before a factor is loaded.
 
     Raises:
-        InputError: a `rank` that no weight's merged update carries (those that carry less stay as they are),
+        InputError: a `rank` that no tensor's merged update carries (those that carry less stay as they are),
             unequal ranks where the method needs equal ones, statistics over the model with parameters that vary.
     """
-    method.check([plan.planned for plan in plans])
+    method, tensors = plan.method, plan.tensors
+    method.check([tensor.planned for tensor in tensors])
     carried = 0
-    for plan in plans:
-        if method.equal_ranks and len(set(plan.ranks)) > 1:
+    for tensor in tensors:
+        if method.equal_ranks and len(set(tensor.ranks)) > 1:
             raise InputError(
-                f"{plan.name}: {method.name} needs adapters of equal rank, and these have {plan.ranks}; use a method "
-                "without that need (mergekit-tspa methods)"
+                f"{tensor.name}: {method.name} needs adapters of equal rank, and these have {tensor.ranks}; use a "
+                "method without that need (mergekit-tspa methods)"
             )
-        carried = max(carried, method.carried(plan.planned))
-    asked = [plan.parameters.rank for plan in plans if plan.parameters.rank is not None]
-    if len(asked) == len(plans) and asked and min(asked) > carried:
+        carried = max(carried, method.carried(tensor.planned))
+    asked = [tensor.parameters.rank for tensor in tensors if tensor.parameters.rank is not None]
+    if len(asked) == len(tensors) and asked and min(asked) > carried:
         raise InputError(f"rank {min(asked)}: the merged updates carry rank {carried} at most; leave it out")
-    if surveys(method, plans) and any(plan.parameters != plans[0].parameters for plan in plans):
+    if plan.surveys and any(tensor.parameters != tensors[0].parameters for tensor in tensors):
         raise InputError(f"{method.name}: scope: model needs the same parameters for all weights; only weight may vary")
-    if method.elects and (mixed := next((plan for plan in plans if min(plan.weights) < 0 < max(plan.weights)), None)):
+    if method.elects and (mixed := next((t for t in tensors if min(t.weights) < 0 < max(t.weights)), None)):
         LOG.warning(
             "%s: weights of both signs (%s: %s): an adapter of negative weight votes, and counts, with the opposite "
             "of its update",
-            *(method.name, mixed.name, ", ".join(f"{weight:g}" for weight in mixed.weights)),
+            method.name,
+            mixed.name,
+            ", ".join(f"{weight:g}" for weight in mixed.weights),
         )
-
-
-def surveys(method: Method, plans: Sequence[TensorPlan]) -> bool:
-    """Whether the method asks for statistics over all weights before it merges the first."""
-    return method.survey is not None and any(plan.parameters.scope == "model" for plan in plans)

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.merging.finish import MergedUpdate
 from mergekit_tspa.methods.rules import row_blocks
 from mergekit_tspa.rules.emr import unify
 from mergekit_tspa.spaces.basis import Basis
@@ -41,7 +40,7 @@ def record(coordinates: Sequence[LoraFactors], weights: Tensor, scale: Tensor, b
     return kept | {name: side.float() for name, side in zip("UV", basis) if side is not None}
 
 
-def task_update(kept: Mapping[str, Tensor], task: int) -> MergedUpdate:
+def task_update(kept: Mapping[str, Tensor], task: int) -> LowRank | Dense:
     """`uni * mask_t * scale_t`, mapped back to the weight."""
     unified = kept["unified"].float() * (kept["largest"] / _STEPS)
     M = unified * unpack_bits(kept["mask"][task], unified.shape[1]) * kept["scale"][task]

@@ -1,7 +1,7 @@
 """What a method is given: its parameters, the factors of tensors, and the attention pairs they belong to."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from pydantic import BaseModel, Field
@@ -12,10 +12,24 @@ from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.linalg import seed_of
 from mergekit_tspa.updates import LoraFactors
 
-# What is being solved, which fraction of it is done, and of an objective which fraction of its start is left.
-Progress: TypeAlias = Callable[[str, float, float | None], None]
 # Statistics of each adapter over all tensors of the model.
 Survey: TypeAlias = Mapping[Adapter, torch.Tensor]
+
+
+class Progress(Protocol):
+    """Hears of long work."""
+
+    def __call__(self, stage: str, done: float, left: float | None = None) -> None:
+        """
+        Args:
+            stage: what is being done
+            done: which fraction of it is done
+            left: of an objective, which fraction of its start is left
+        """
+
+
+def silent(stage: str, done: float, left: float | None = None) -> None:
+    """The progress that nobody hears of."""
 
 
 class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):

@@ -1,8 +1,8 @@
 """What a merge says of itself: what the solvers did, and what `rank` cut off."""
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -10,7 +10,8 @@ from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.stiefel import Solution
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True)
+class Report:
     """What a solver did to a batch."""
 
     stage: str
@@ -35,22 +36,30 @@ class Report(NamedTuple):
         cosine = solution.cosine.mean(others) if others else solution.cosine
         return cls(
             stage,
-            names,
-            solution.start.cpu(),
-            solution.end.cpu(),
-            solution.orthogonality.max().item(),
-            int(solution.steps.max()),
-            adapters,
-            [*cosine.clamp(-1, 1).acos().rad2deg().cpu()],
-            [*solution.log_s.exp().cpu()],
+            names=names,
+            start=solution.start.cpu(),
+            end=solution.end.cpu(),
+            orthogonality=solution.orthogonality.max().item(),
+            steps=int(solution.steps.max()),
+            adapters=adapters,
+            angles=[*cosine.clamp(-1, 1).acos().rad2deg().cpu()],
+            scales=[*solution.log_s.exp().cpu()],
         )
 
     @classmethod
     def joined(cls, reports: Sequence["Report"]) -> "Report":
         """What was done to all batches of one stage."""
-        stage, names, start, end, orthogonality, steps, *of_each = zip(*reports)
-        names, *of_each = ([*itertools.chain.from_iterable(lists)] for lists in (names, *of_each))
-        return cls(stage[0], names, torch.cat(start), torch.cat(end), max(orthogonality), max(steps), *of_each)
+        return cls(
+            reports[0].stage,
+            names=[name for report in reports for name in report.names],
+            start=torch.cat([report.start for report in reports]),
+            end=torch.cat([report.end for report in reports]),
+            orthogonality=max(report.orthogonality for report in reports),
+            steps=max(report.steps for report in reports),
+            adapters=[present for report in reports for present in report.adapters],
+            angles=[angles for report in reports for angles in report.angles],
+            scales=[scales for report in reports for scales in report.scales],
+        )
 
     def __str__(self) -> str:
         return (
@@ -59,15 +68,16 @@ class Report(NamedTuple):
         )
 
 
-class Truncation(NamedTuple):
+@dataclass(frozen=True)
+class Truncation:
     """What `rank` left of each merged update: the share of `||dW||^2`."""
 
     kept: Mapping[str, float]
-    stage = "rank"
+    stage: ClassVar[str] = "rank"
 
     @classmethod
     def joined(cls, reports: Sequence["Truncation"]) -> "Truncation":
-        return cls(dict(item for report in reports for item in report.kept.items()))
+        return cls({name: share for report in reports for name, share in report.kept.items()})
 
     def __str__(self) -> str:
         worst = min(self.kept, key=self.kept.__getitem__)
@@ -80,7 +90,7 @@ class Truncation(NamedTuple):
 
 def summary(reports: Iterable[Report | Truncation]) -> list[Report | Truncation]:
     """One report per stage."""
-    stages: dict[str, list] = {}
+    stages: dict[str, list[Any]] = {}
     for report in reports:
         stages.setdefault(report.stage, []).append(report)
     return [type(group[0]).joined(group) for group in stages.values()]

@@ -17,7 +17,7 @@ class PrintedError(InputError, ClickException):
     """What `mergekit-yaml` and `mergekit-multi` print as one sentence, where they would show a traceback."""
 
     def __init__(self, message: str):
-        InputError.__init__(self, message)
+        ClickException.__init__(self, message)
 
 
 def extend(module) -> None:
@@ -154,7 +154,7 @@ def _plan_tasks(plan) -> None:
         from mergekit_tspa.plugin.planning import replace_tasks
 
         original(self)
-        replace_tasks(self)
+        self.adapter_merge = replace_tasks(self)
 
     plan.MergePlanner._plan = _plan
 
@@ -184,16 +184,17 @@ def _plan_tasks(plan) -> None:
         if ours:
             from mergekit.io.tasks import FinalizeModel
 
-            from mergekit_tspa.plugin.planning import log_tasks, record_tasks
+            from mergekit_tspa.plugin.planning import log_task, record_tasks
 
             begin_model(self.config, Path(out_path))
+            merge = self.adapter_merge
             (finish,) = (task for task in tasks if isinstance(task, FinalizeModel))
-            tasks += [*log_tasks(self, finish), *record_tasks(self, out_path)]
+            tasks += [log_task(merge, finish), *record_tasks(merge, out_path)]
             if (self.config.parameters or {}).get("adapter") is True:
                 from mergekit_tspa.plugin.adapter_output import adapter_task
 
                 try:
-                    tasks.append(adapter_task(self, Path(out_path, "adapter")))
+                    tasks.append(adapter_task(merge, Path(out_path, "adapter")))
                 except InputError as error:
                     LOG.warning("no adapter is written beside the model: %s", error.message)
         return tasks

@@ -10,10 +10,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import Index, ModelTensors
-from mergekit_tspa.merging.finish import apply_parts
-from mergekit_tspa.merging.plan import TensorPlan
-from mergekit_tspa.methods.inputs import Parameters
-from mergekit_tspa.updates import LowRank
+from mergekit_tspa.merging.finish import apply_adapter
 
 
 class AdapterReference(ModelReference, frozen=True):
@@ -86,11 +83,4 @@ class LoraLoader(LazyTensorLoader):
         W = super().get_tensor(key, device, **kwargs)
         if W is None or key not in self.parts:
             return W
-        parts = []
-        for part, index in self.parts[key].items():
-            change = self.adapter.changes.get(part)
-            sources = [(self.adapter, self.modules[part])] if part in self.modules else []
-            plan = TensorPlan(part, sources, [1.0], Parameters(), [(change, 1.0)] if change else [])
-            update = LowRank(*self.adapter.factors(self.modules[part], device=device)) if sources else None
-            parts.append((index, plan.finish(update)))
-        return apply_parts(W, parts, W.dtype)
+        return apply_adapter(W, self.adapter, self.modules, self.parts[key], device)

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from mergekit_tspa import merge_adapters
 from mergekit_tspa.commands.main import main
 from mergekit_tspa.insight.findings import BASE_LOSS, LOSS, SUMS_FACTORS, findings
+from mergekit_tspa.insight.gather import inspect_adapters
 from mergekit_tspa.insight.inspection import Place, short_names
 from mergekit_tspa.insight.pictures import NAMES, Picture
-from mergekit_tspa.plugin.inspection_of import inspect_adapters, inspect_recipe
+from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
 from tests.conftest import ROOT, recipe, run, save_adapter, write_recipe
 from tests.plugin.test_extracted_inputs import save_full, with_full
 

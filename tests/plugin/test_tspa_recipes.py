@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mergekit_tspa import merge_adapters
-from mergekit_tspa.plugin.tasks import Bar
+from mergekit_tspa.progress import Bar
 from tests.conftest import base_tensors, merge, merged_tensors, recipe, relative_error, save_adapter
 
 STEPS = {"attention_steps": 15, "lora_steps": 30}
@@ -154,8 +154,8 @@ def test_several_devices(options, llama, three, tmp_path, monkeypatch):
     used = set()
     from mergekit_tspa.plugin import tasks
 
-    device_of = tasks._device
-    monkeypatch.setattr(tasks, "_device", lambda device: used.add(device_of(device)) or device_of(device))
+    device_of = tasks.device_of
+    monkeypatch.setattr(tasks, "device_of", lambda device: used.add(device_of(device)) or device_of(device))
     got = merged_tensors(recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out", "--multi-gpu", *options)
     check(got, expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
     assert used == {torch.device("cpu:0"), torch.device("cpu:1")}

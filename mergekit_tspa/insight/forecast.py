@@ -1,0 +1,212 @@
+"""What a planned merge would write and take, and what is worth a warning before it starts (`mergekit-tspa check`)."""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import NamedTuple
+
+from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, LoraModule
+from mergekit_tspa.merging.outputs import TensorPlan
+from mergekit_tspa.merging.plan import Chunk, MergePlan
+from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
+from mergekit_tspa.methods.method import Method
+
+_IMPORTS = 400 * 2**20  # what mergekit's own imports take
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_FAR = 4  # how many times smaller than what it cuts `rank` may be without a warning
+
+
+class SeenAdapter(NamedTuple):
+    """An adapter that could be read, or a full model as one, and what its configuration calls it."""
+
+    adapter: Adapter
+    kind: str
+    norms: dict[str, float]  # ||dW|| by module, where it can be said without a model's tensors
+
+    @classmethod
+    def of(cls, adapter: Adapter, kind: str) -> "SeenAdapter":
+        """Measure an adapter; what depends on the base's tensors has no norm."""
+        known = [name for name, module in adapter.modules.items() if module.base_part is None]
+        return cls(adapter, kind, {name: adapter.factors(name).norm().item() for name in known})
+
+    @property
+    def norm(self) -> float | None:
+        """Of its whole update."""
+        return math.hypot(*self.norms.values()) if self.norms.keys() == self.adapter.modules.keys() else None
+
+    @property
+    def stored(self) -> list[LoraModule]:
+        """Its modules as they are on disk; a full model has none."""
+        return [module for module in self.adapter.modules.values() if isinstance(module, LoraModule)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept in memory of it."""
+        modules, changes = self.adapter.modules.values(), self.adapter.changes.values()
+        tensors = [tensor for module in self.stored for tensor in (module.B, module.A)]
+        tensors += [change.value for change in changes if isinstance(change, Change)]
+        made = sum(4 * module.rank * sum(module.shape) for module in modules if isinstance(module, ExtractedModule))
+        return made + sum(tensor.nbytes for tensor in tensors)
+
+    def warnings(self, method: Method, base: str | None) -> Iterator[str]:
+        """
+        Args:
+            base: that of the merge, if it exists already
+        """
+        adapter = self.adapter
+        if zeros := [name for name, norm in self.norms.items() if not norm]:
+            tail = "; it takes no part there" if method.drops_zeros else ""
+            yield f"{adapter.name}: its update of {len(zeros)} weights is zero, {zeros[0]} among them{tail}"
+        if adapter.base and base and _last(adapter.base) != _last(base):
+            yield f"{adapter.name}: it says that it was trained on {adapter.base}, and the recipe merges on {base}"
+
+    def row(self, weight: str, median: float) -> list[str]:
+        """Cells of the table of adapters: kind, rank, modules, dtype, norm, weight, base."""
+        modules = self.adapter.modules
+        ranks = {len(module.A) for module in self.stored} or {module.rank for module in modules.values()}
+        layers = {name.partition("[")[0].rpartition(".")[2] for name in modules}
+        apart = "trained directly" if self.stored or not modules else "merged as they are"
+        changes = f"; {len(self.adapter.changes)} tensors {apart}" if self.adapter.changes else ""
+        norm = "needs the base" if self.norm is None else f"{self.norm:.4g}"
+        return [
+            self.kind,
+            " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else "-",
+            f"{len(modules)}: {' '.join(sorted(layers))}{changes}",
+            ", ".join(sorted({str(module.A.dtype).removeprefix("torch.") for module in self.stored})) or "-",
+            f"{norm} ({self.norm / median:.2g}x)" if self.norm and median else norm,
+            weight,
+            PurePath(self.adapter.base).name if self.adapter.base else "-",
+        ]
+
+
+class StoredAs(NamedTuple):
+    """How many values a tensor of the output has, and of which dtype."""
+
+    values: int
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return self.values * itemsize(self.dtype)
+
+
+class AdapterOutcome(NamedTuple):
+    """The adapter that a merge could write."""
+
+    tensors: Sequence[TensorPlan]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a planned merge writes, and what it takes."""
+
+    plan: MergePlan
+    base: str
+    stored: Mapping[str, StoredAs | None]  # the output's tensors; None for those that the base does not have
+    chunks: Sequence[Chunk]
+    adapter: AdapterOutcome | str  # or why there is none
+    wants_adapter: bool
+    filters: frozenset[str]  # that the recipe's parameters have
+    aligned: bool  # whether mergekit aligns the vocabulary
+    safetensors: bool  # the output's format
+    shard_limit: int  # largest shard of the output; 0 for no limit
+    base_shard: int  # size of the base's largest file
+    base_mapped: bool  # whether the base's files are mapped, not read whole
+
+    @property
+    def extracts(self) -> bool:
+        """Whether it makes factors of full models, whose ranks are not known for certain."""
+        return any(isinstance(module, ExtractedModule) for plan in self.plan.tensors for module in plan.modules)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in self.stored.values() if stored)
+
+    def rank(self, tensor: TensorPlan) -> int:
+        """Of the merged update of a tensor, at most."""
+        carried = self.plan.method.carried(tensor.planned)
+        return min(tensor.parameters.rank or carried, carried)
+
+    def warnings(self) -> Iterator[str]:
+        carried = {tensor.name: self.plan.method.carried(tensor.planned) for tensor in self.plan.tensors}
+        if cut := [tensor for tensor in self.plan.tensors if _FAR * self.rank(tensor) <= carried[tensor.name]]:
+            most = max(cut, key=lambda tensor: carried[tensor.name])
+            yield (
+                f"rank {self.rank(most)} cuts {len(cut)} merged updates, of rank up to {carried[most.name]} "
+                f"({most.name})"
+            )
+        for unmatched in sorted(f for f in self.filters if not any(f in name for name in self.stored)):
+            yield f"filter {unmatched!r} is in the name of no tensor"
+        if missing := [name for name, found in self.stored.items() if found is None]:
+            yield f"{self.base} lacks {len(missing)} tensors of the output, {missing[0]} among them"
+
+    def rows(self, adapters: Sequence[SeenAdapter]) -> Iterator[tuple[str, str]]:
+        """What to print: a label and a sentence each."""
+        yield "model", self._model()
+        if self.plan.method.record:
+            yield "records", f"{RECORDS} and {DESCRIPTION} beside it"
+        yield "adapter", self._adapter()
+        yield "memory", self._memory(adapters)
+
+    def _model(self) -> str:
+        file = "model.safetensors" if self.safetensors else "pytorch_model.bin"
+        shards = math.ceil(self.nbytes / self._shard_size)
+        files = file if shards == 1 else f"about {shards} shards of {file}"
+        dtypes = {s.dtype for s in self.stored.values() if s}
+        precision = " and ".join(sorted({_DTYPES.get(dtype, dtype.removeprefix("torch.")) for dtype in dtypes}))
+        aligned = " before the vocabulary is aligned" if self.aligned else ""
+        changed = f"{len(self.plan.changed)} of {len(self.stored)} tensors changed"
+        return f"{files}, {self.nbytes:,} bytes ({size(self.nbytes)}){aligned}, {precision}, {changed}"
+
+    def _adapter(self) -> str:
+        if isinstance(self.adapter, str):
+            return f"none can be written: {self.adapter}"
+        rank = max(map(self.rank, self.adapter.tensors))
+        nbytes = sum(rank * sum(tensor.shape) for tensor in self.adapter.tensors) * itemsize(self.adapter.dtype)
+        most = " at most" if self.extracts or not self.plan.method.result.exact else ""
+        where = "adapter/adapter_model.safetensors" if self.wants_adapter else "can be written (adapter: true)"
+        return f"{where}, rank {rank}{most}, {nbytes:,} bytes ({size(nbytes)}){most}"
+
+    @property
+    def _shard_size(self) -> int:
+        """Of the output."""
+        return min(nbytes for nbytes in (self.shard_limit, self.nbytes) if nbytes > 0)
+
+    def _memory(self, adapters: Sequence[SeenAdapter]) -> str:
+        """An upper estimate of the peak, by what is held at once."""
+        method, stored = self.plan.method, self.stored
+        largest = max((4 * s.values for name in self.plan.changed if (s := stored[name])), default=0)
+        merged = sum(4 * self.rank(tensor) * sum(tensor.shape) for tensor in self.plan.tensors)
+        parts = {
+            "mergekit": _IMPORTS,
+            "adapters": sum(adapter.nbytes for adapter in adapters),
+            "a chunk to merge": max((chunk.nbytes for chunk in self.chunks), default=0),
+            "merged updates": merged if method.solves or self.wants_adapter else 0,
+            "a tensor in float32": (3 if self.extracts or method.result.dense else 2) * largest,
+            "a shard of the output": self._shard_size,
+            "a shard of the base": 0 if self.base_mapped else self.base_shard,
+        }
+        listed = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in parts.items() if nbytes)
+        total = f"about {size(sum(parts.values()))} at most ({listed})"
+        if not self.base_mapped:
+            return total
+        return f"{total}; beside it the base's shards of up to {size(self.base_shard)} are mapped"
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a value, of a dtype as mergekit, safetensors or torch spell it."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) // 8 if bits else 1
+
+
+def size(nbytes: int) -> str:
+    unit, name = next(((2**n, name) for n, name in ((30, "GiB"), (20, "MiB")) if nbytes >= 2**n), (2**10, "KiB"))
+    return f"{nbytes / unit:.1f} {name}"
+
+
+def _last(path: str) -> str:
+    return os.path.basename(os.path.realpath(path) if os.path.exists(path) else path.rstrip("/")).lower()

@@ -1,0 +1,71 @@
+"""What of a merge can be one LoRA adapter, and why the rest cannot."""
+
+import re
+from collections.abc import Iterable
+
+from mergekit_tspa.adapters import StoredTensor
+from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.outputs import OutputTensor, TensorPlan
+from mergekit_tspa.merging.plan import MergePlan
+
+
+def adapter_tensors(plan: MergePlan, base: ModelTensors) -> list[TensorPlan]:
+    """The tensors of the merge as an adapter of the base.
+
+    Raises:
+        InputError: something in the merge is no low-rank update of a base tensor.
+    """
+    changed = [output for output in plan.changed.values() if not _unchanged(plan, output)]
+    if not changed:
+        raise InputError("the merge changes no weight, so there is no adapter to write")
+    merged = _layers(base.find(output.base) or output.base for output in plan.outputs)
+    if missing := _layers(base.shapes) - merged:
+        raise InputError(f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model")
+    for output in changed:
+        if len(base.shapes.get(base.find(output.base) or "", ())) > 2 and not output.parts[0].index:
+            raise InputError(f"{output.name}: it is a convolution, for which no adapter is written")
+        if reason := _obstacle(plan, output):
+            raise InputError(f"{output.name}: {reason}, so the merge cannot be written as an adapter")
+    return [output.parts[0].plan for output in changed]
+
+
+def module_name(plan: TensorPlan) -> str:
+    """The module as PEFT finds it in the whole model: as adapters name it, or with what some of them leave out."""
+    name = max((module for _, module in plan.sources), key=len)
+    whole = plan.name.removesuffix(".weight")
+    return whole if whole.endswith(f".{name}") else name
+
+
+def _layers(tensors: Iterable[str]) -> set[str]:
+    """Names of the layers that tensors belong to, such as `model.layers.3`."""
+    return {found[1] for tensor in tensors if (found := re.match(r"(.*?\.\d+)\.", tensor))}
+
+
+def _unchanged(plan: MergePlan, output: OutputTensor) -> bool:
+    """Whether full models hold the base's own values of a tensor that they do not adapt by factors."""
+    changes = [change for part in output.parts for change, _ in part.plan.changes]
+    low_rank = any(part.plan.sources for part in output.parts)
+    if low_rank or plan.read is None or not all(isinstance(change, StoredTensor) for change in changes):
+        return False
+    W = plan.read(output.name)
+    return not any(change.difference(W).any() for change in changes)
+
+
+def _obstacle(plan: MergePlan, output: OutputTensor) -> str | None:
+    """Why a tensor's change is no LoRA update; None if it is one."""
+    (part, *more) = output.parts
+    if output.base != output.name:
+        return f"it is {output.base} of the base, whose layers this recipe rearranges"
+    if part.index or more:
+        return "it is a fused expert"
+    if part.plan.changes:
+        return "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
+    if part.plan.is_dora:
+        return "an adapter is a DoRA, whose magnitudes are not low-rank"
+    if plan.method.result.dense and part.plan.parameters.rank is None:
+        return (
+            f"{plan.method.name} gives a dense update; set `rank`, or take the method in another space (core_, knots_, "
+            "ctm_)"
+        )
+    return None

@@ -1,0 +1,36 @@
+"""Progress of long work, on the screen."""
+
+from typing import Any
+
+import tqdm
+
+
+class Bar:
+    """A bar per stage; an object of this class is a context, and its `update` a `Progress`.
+
+    Args:
+        quiet: show nothing
+    """
+
+    def __init__(self, quiet: bool):
+        self.quiet = quiet
+        self.stage: str | None = None
+        self.bar: Any = None
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def update(self, stage: str, done: float, left: float | None = None) -> None:
+        if stage != self.stage:
+            self.__exit__()
+            self.stage = stage
+            self.bar = tqdm.tqdm(
+                desc=stage, total=100, leave=False, disable=self.quiet, bar_format="{l_bar}{bar}| {elapsed}{postfix}"
+            )
+        if left is not None:
+            self.bar.set_postfix_str(f"{left:.3g} of the objective left", refresh=False)
+        self.bar.update(100 * done - self.bar.n)
+
+    def __exit__(self, *_error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
