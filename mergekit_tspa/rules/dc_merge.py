@@ -25,6 +25,8 @@ def dc_merge(
     largest entries stay, entries that agree with the sign of the sum are averaged, and the diagonal blocks
     of `r_1, .., r_n` directions go back as `U N V^T`.
 
+    Entries at the level of rounding take no part, so that updates without a common direction are added.
+
     The same in every orthonormal basis: run it on cores.  An adapter alone comes back with its spectrum
     smoothed, and as itself with `smoothing` none; in either case `a` times its update gives `a` times that.
 
@@ -81,6 +83,7 @@ def _smoothed(s: Tensor, smoothing: str, ratio: float) -> Tensor:
 
 
 def _largest(matrix: Tensor, count: int) -> Tensor:
-    """The entries of at least the `count`-th largest magnitude."""
-    size = matrix.abs()
-    return matrix * (size >= size.flatten().topk(min(count, size.numel())).values[-1])
+    """The entries of at least the `count`-th largest magnitude, but none that is rounding of the largest."""
+    ordered = matrix.abs().flatten().sort(descending=True).values
+    least = torch.maximum(ordered[min(count, len(ordered)) - 1], torch.finfo(torch.float32).eps * ordered[0])
+    return matrix * (matrix.abs() >= least)

@@ -1,7 +1,8 @@
 """RegMean: the update that answers each adapter's own inputs as that adapter does (Jin et al., 2023).
 
-`M* = argmin_M sum_t |a_t| tr((M - s_t D_t) C_t (M - s_t D_t)^T) = (sum_t a_t D_t C_t) S^-1`, `s_t = sgn a_t`,
-`S = sum_t |a_t| C_t`, where `C_t = mean x x^T` over the inputs `x` of the weight on texts of task `t`.
+`M* = argmin_M sum_t |a_t| tr((M - s_t D_t) C_t (M - s_t D_t)^T) = (sum_t a_t D_t C_t) S^-1` with `s_t` the
+sign of `a_t` and `S = sum_t |a_t| C_t`, where `C_t = mean x x^T` over the inputs `x` that the weight sees on
+texts of task `t`.
 
 Every row of `M*` lies in the span of the columns of `B_1, .., B_n`, so that `M* = Q_B X` with an orthonormal
 `Q_B` of at most `sum_t r_t` columns.  Only `A_t C_t` and `S` are formed, never an update of full size.
@@ -204,9 +205,11 @@ class LowRankMetric:
 
     def __init__(self, V: Tensor, E: Tensor):
         """V is (d, k) and E (d,), none negative."""
-        mean = (V.square().sum() + E.sum()) / len(E)
-        floor = torch.finfo(E.dtype).eps * mean + torch.finfo(E.dtype).tiny
-        self._scale = torch.maximum(E, floor).sqrt()
+        diagonal = V.square().sum(1) + E
+        mean = diagonal.mean() + torch.finfo(E.dtype).tiny
+        rounding = torch.finfo(E.dtype).eps * mean
+        unseen = diagonal == 0  # which may have any scale, and keep a harmless one
+        self._scale = torch.where(unseen, mean, torch.maximum(E, rounding)).sqrt()
         self._P, s, _ = torch.linalg.svd(V / self._scale[:, None], full_matrices=False)
         self._root = (1 + s.square()).sqrt()
 

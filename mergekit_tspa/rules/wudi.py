@@ -21,8 +21,8 @@ def wudi(M: Tensor, weights: Tensor, steps: int = 300, rate: float = 1e-5) -> Te
     """Steps of Adam on the loss above, from the sum of the updates.
 
     Adam moves every entry by about `rate` a step, whatever the size of the updates: the result depends on
-    the basis, so that they must have full size, and on their unit.
-    Published settings stay near the sum.
+    the basis, so that they must have full size, and on their unit.  With the published settings it stays
+    near the sum.
 
     Cheng et al., Whoever Started the Interference Should End It, 2025 (arXiv 2503.08099).
 
