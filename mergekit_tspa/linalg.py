@@ -11,24 +11,32 @@ from torch import Tensor
 def numerical_rank(S: Tensor, shape: torch.Size | tuple[int, ...], largest: Tensor | None = None) -> Tensor:
     """How many singular values rise above rounding, `s > max(shape) eps s_max`.
 
-    The factors come as float32, so float32's epsilon decides, whatever the precision of `S`.
+    The factors come as float32, so `eps` is that of float32, whatever the precision of `S`.
 
     Args:
-        S: in descending order  # (..., k)
-        shape: of the matrix they belong to; the last two sides count
-        largest: `s_max` of what the matrix was computed from, if that is not its own  # (...)
+        S: singular values in descending order  # (..., k)
+        shape: of the matrix that they belong to, of which the last two sides count
+        largest: `s_max` of what the matrix was computed from; by default its own, `S[..., 0]`  # (...)
+
+    Returns:
+        (...)
     """
     top = S[..., :1] if largest is None else largest[..., None]
     return (S > max(shape[-2:]) * torch.finfo(torch.float32).eps * top).sum(-1)
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Without a copy of their size."""
+    """Whether no entry is NaN or infinite, without a copy of the size of a tensor."""
     return all(math.isfinite(bound) for tensor in tensors if tensor.numel() for bound in tensor.aminmax())
 
 
 def product_overflows(factors: Sequence[Tensor], rank: int) -> bool:
-    """Whether an entry of the product of two factors could exceed its precision."""
+    """Whether an entry of the product of two factors could exceed the largest number of their precision.
+
+    Args:
+        factors: `B (d_out, r)` and `A (r, d_in)`
+        rank: r, how many products an entry adds up
+    """
     largest = math.prod(max(map(abs, map(float, factor.aminmax()))) for factor in factors)
     return not largest * rank < torch.finfo(factors[0].dtype).max
 
@@ -51,11 +59,13 @@ def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def leading_subspace(M: Tensor, width: int, seed: int, steps: int | None = None) -> Tensor:
     """An orthonormal basis `Q (n, width)` close to the leading right singular vectors of `M (m, n)`.
 
-    Subspace iteration from random directions (Halko, Martinsson & Tropp, 2011, arXiv 0909.4061); `width` should exceed
-    the number of wanted vectors by some 16.
+    Subspace iteration from random directions: Halko, Martinsson & Tropp, 2011 (arXiv 0909.4061).
 
     Args:
-        steps: iterations; by default as many as it takes until one gains less than a thousandth of `||M Q||^2`
+        M: (m, n)
+        width: how many columns Q has, some 16 more than the vectors that are wanted
+        seed: of the directions at the start
+        steps: iterations; by default they go on until one gains less than a thousandth of `||M Q||^2`
     """
     # Drawn on the CPU, so that every device starts from the same directions.
     generator = torch.Generator().manual_seed(seed)
@@ -71,7 +81,12 @@ def leading_subspace(M: Tensor, width: int, seed: int, steps: int | None = None)
 def leading_triplets(M: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """`U (m, k)`, `S (k,)`, `V^T (k, n)` of the `k` largest singular values of `M (m, n)`.
 
-    By `leading_subspace`, or exact where that is no more work.
+    They come from `leading_subspace`, or from an SVD of M where M is so small that this is no more work.
+
+    Args:
+        M: (m, n)
+        rank: k
+        seed: of the subspace
     """
     width = rank + 16
     if 2 * width > min(M.shape):
@@ -83,5 +98,5 @@ def leading_triplets(M: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, T
 
 
 def seed_of(*names: str) -> int:
-    """A seed that depends on names only, not on the order of execution."""
+    """A seed that depends on names only, so that results do not depend on the order of execution."""
     return int.from_bytes(hashlib.sha256("\0".join(names).encode()).digest()[:7], "big")

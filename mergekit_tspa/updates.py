@@ -21,7 +21,7 @@ class LoraFactors(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the weight it updates, `(d_out, d_in)`."""
+        """Shape of the tensor it updates, `(d_out, d_in)`."""
         return self.B.shape[0], self.A.shape[1]
 
     def dense(self) -> Tensor:
@@ -55,7 +55,7 @@ class LowRank(LoraFactors):
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """`U (d_out, k)`, `S (k,)`, `V^T (k, d_in)` of the update in float64."""
-        return product_svd(*self)
+        return product_svd(self.B, self.A)
 
     def rebuilt(self, U: Tensor, S: Tensor, Vh: Tensor) -> "LowRank":
         """Other singular triplets in the precision of these factors, balanced: `B = U sqrt(S)`, `A = sqrt(S) V^T`."""
@@ -68,7 +68,11 @@ class LowRank(LoraFactors):
         return self.rebuilt(U[:, :rank], S[:rank], Vh[:rank])
 
     def apply_to(self, W: Tensor) -> Tensor:
-        """`W + B A`, computed and returned in the precision of the factors; a convolution's W as `(d_out, rest)`."""
+        """`W + B A`, computed and returned in the precision of the factors.
+
+        Args:
+            W: of any shape with d_out in front; a convolution's is taken as `(d_out, d_in * kernel)`
+        """
         return torch.addmm(W.flatten(1).to(self.B.dtype), self.B, self.A).view_as(W)
 
 
@@ -85,21 +89,23 @@ class Dense(NamedTuple):
         return self.dW
 
     def norm(self) -> Tensor:
-        return self.dW.norm()
+        norm: Tensor = self.dW.norm()
+        return norm
 
     def scaled(self, factor: float) -> "Dense":
         return self if factor == 1 else Dense(self.dW * factor)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`U`, `S`, `V^T` of the whole matrix, in its own precision: it is large."""
-        return torch.linalg.svd(self.dW, full_matrices=False)
+        """`U (d_out, k)`, `S (k,)`, `V^T (k, d_in)` of the whole matrix, in its own precision because it is large."""
+        U, S, Vh = torch.linalg.svd(self.dW, full_matrices=False)
+        return U, S, Vh
 
     def rebuilt(self, U: Tensor, S: Tensor, Vh: Tensor) -> "Dense":
         """Other singular triplets in the precision of this update."""
         return Dense(((U * S) @ Vh).to(self.dW.dtype))
 
     def truncated(self, rank: int) -> LowRank:
-        """The closest update of a lower rank; for large weights by subspace iteration on a few more directions."""
+        """The closest update of a lower rank; of a large one by subspace iteration on a few more directions."""
         M = self.dW
         if min(M.shape) <= 1024:
             one = torch.eye(min(M.shape)).to(M)
@@ -108,10 +114,17 @@ class Dense(NamedTuple):
         return LowRank(M @ Q, Q.mT).truncated(rank)
 
     def apply_to(self, W: Tensor) -> Tensor:
-        """`W + dW`, computed and returned in the precision of the update."""
+        """`W + dW`, computed and returned in the precision of the update.
+
+        Args:
+            W: of any shape with d_out in front
+        """
         return W.to(self.dW.dtype) + self.dW.reshape(W.shape)
 
 
 def nonzero(factors: Sequence[LoraFactors]) -> list[int]:
-    """Indices of the adapters whose update is not zero, for rules that divide by norms; of the first, if all are."""
+    """Indices of the adapters whose update is not zero, for rules that divide by norms.
+
+    If all of them are zero, it is the index of the first, so that there is always one.
+    """
     return [t for t, f in enumerate(factors) if f.norm()] or [0]

@@ -2,21 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from mergekit_tspa.adapters import experts
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
+from mergekit_tspa.base.architectures import EMBEDDINGS, HEADS, VOCABULARY, architecture_of
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.updates import LoraFactors
-
-# transformers' Conv1D stores (d_in, d_out).
-_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_LAYERS = ("c_attn", "c_fc", "c_proj", "q_attn")
-HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +47,7 @@ class Adapter:
     ) -> LoraFactors:
         """
         Raises:
-            InputError: they depend on the base's weight, and no base was fitted.
+            InputError: they depend on the base's tensor, and no base was fitted.
         """
         found = self.modules[module]
         if found.base_part and found.base_part.read is None:
@@ -63,9 +59,9 @@ class Adapter:
     def fit(self, base: ModelTensors) -> tuple["Adapter", dict[str, str]]:
         """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
 
-        Its changes are named as the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
-        where it contradicts it, so the orientation of each module is settled here: by the base's configuration
-        where its model has Conv1D layers, else by the flag.
+        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
+        where the two contradict each other, so the orientation of each module is settled here: by the base's
+        configuration if its model has Conv1D layers, else by the flag.
 
         Raises:
             InputError: a module has no tensor in the base, a tensor of another shape, a quantised one, or one that
@@ -74,7 +70,7 @@ class Adapter:
         modules = experts.settle(self.modules, base, self.name)
         adapter = replace(self, modules=modules, changes=self._tie_changes(base))
         named = adapter.tensors
-        if base.tied and (tied := [name for name in named if name.endswith(HEADS + EMBEDDINGS)]):
+        if base.tied and (tied := [name for name in named if name.endswith(VOCABULARY)]):
             raise InputError(
                 f"{self.name}: it adapts {tied[0]}, but {base.name} ties embedding and head to one tensor; untie the "
                 "base first, or train without it"
@@ -89,8 +85,8 @@ class Adapter:
     def _fit_module(self, module: str, tensor: str, base: ModelTensors) -> LoraModule:
         found, shape = self.modules[module], base.shape(tensor)
         self._check_precision(tensor, base)
-        if base.config.get("model_type") in _CONV1D_MODELS:
-            found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in _CONV1D_LAYERS)
+        if conv1d := architecture_of(base.config).conv1d:
+            found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in conv1d)
         if found.shape != (*shape[:1], torch.Size(shape[1:]).numel()):
             self._refuse_shape(f"update of {module}", found.shape, tensor, base)
         if found.magnitude is not None and len(found.magnitude) != found.B.shape[0]:
@@ -105,7 +101,7 @@ class Adapter:
     def _fit_change(self, change: Change, tensor: str, base: ModelTensors) -> None:
         self._check_precision(tensor, base)
         shape = tuple(change.value.shape)
-        if change.rows is not None:  # as many rows as it needs at least
+        if change.rows is not None:  # the base must have at least the rows that it names
             rows = int(change.rows.max()) + 1
             shape = (max(rows, *base.shape(tensor)[:1]), *shape[1:])
         if shape != base.shape(tensor):
@@ -118,10 +114,10 @@ class Adapter:
                 "original full-precision checkpoint"
             )
 
-    def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: ModelTensors):
+    def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: ModelTensors) -> NoReturn:
         trained_on = f" (the adapter says it was trained on {self.base})" if self.base else ""
         there = base.shape(tensor)
-        if tensor.endswith(HEADS + EMBEDDINGS) and shape[1:] == there[1:]:
+        if tensor.endswith(VOCABULARY) and shape[1:] == there[1:]:
             raise InputError(
                 f"{self.name}: its vocabulary has {shape[0]} tokens but {tensor} of {base.name} has {there[0]}; resize "
                 f"the base to {shape[0]} tokens first (resize_token_embeddings){trained_on}"
@@ -132,7 +128,9 @@ class Adapter:
         )
 
     def _tie_changes(self, base: ModelTensors) -> Mapping[str, Change]:
-        """The changes without a head that the base ties to its embedding, and with one it stores all the same.
+        """The changes, adjusted to a base that ties its head to its embedding.
+
+        The head's own change is left out.  A base that stores the head nevertheless gets the embedding's change there.
 
         Raises:
             InputError: embedding and head were trained apart.

@@ -1,6 +1,12 @@
-"""Initialisations that take a part out of the base weight: training starts from `W - part + scale B A = W`.
+"""Initialisations that take a part out of the base's tensor: training starts from `W - part + scale B A = W`.
 
-The adapter's update of the unchanged base is then `scale B A - part`, of twice its rank.
+The adapter's update of the unchanged base is then `scale B A - part`, of twice its rank.  Rows of `kinds.py` name
+these functions.
+
+Args of both:
+    W: the base's tensor  # (d_out, d_in)
+    rank: of the adapter, r
+    scale: of the adapter, `alpha / r` or `alpha / sqrt(r)`
 """
 
 import torch
@@ -9,8 +15,11 @@ from torch import Tensor
 from mergekit_tspa.updates import LoraFactors
 
 
-def pissa_part(W: Tensor, rank: int) -> LoraFactors:
-    """`U_r S_r V_r^T`, the largest singular triplets.  Meng et al., PiSSA, 2024 (arXiv 2404.02948)."""
+def pissa_part(W: Tensor, rank: int, scale: float) -> LoraFactors:
+    """`U_r S_r V_r^T`, the largest singular triplets, whatever the scale.
+
+    Meng et al., PiSSA, 2024 (arXiv 2404.02948).
+    """
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     root = S[:rank].sqrt()
     return LoraFactors(U[:, :rank] * root, root[:, None] * Vh[:rank])

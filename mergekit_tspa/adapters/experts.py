@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.base.architectures import EXPERT_CONTAINER, EXPERT_PARAMETERS
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 
 # PEFT wraps a module once per targeted parameter, in the order in which the module declares them.
-_DECLARED = ("gate_up_proj", "down_proj")
 _NESTED = ".base_layer"
 
 
@@ -29,19 +29,19 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
         nests.setdefault(module.replace(_NESTED, ""), []).append(module)
     named = {}
     for root, nest in nests.items():
-        if len(nest) == 1 and not root.endswith(".experts"):
+        if len(nest) == 1 and not root.endswith(f".{EXPERT_CONTAINER}"):
             continue
         leaves = {
             target.rpartition(".")[2]
             for target in config.get("target_parameters") or ()
             if f".{root}.{target.rpartition('.')[2]}".endswith(f".{target}")
         }
-        known = [leaf for leaf in _DECLARED if leaf in leaves] if len(leaves) > 1 else list(leaves)
+        known = [leaf for leaf in EXPERT_PARAMETERS if leaf in leaves] if len(leaves) > 1 else list(leaves)
         if len(known) != len(nest):
             raise InputError(
                 f"{file}: {root} has {len(nest)} pairs of factors, but target_parameters of adapter_config.json names "
-                f"{sorted(leaves) or 'none'} of its parameters; only {' and '.join(_DECLARED)}, or a single one, can "
-                "be told apart"
+                f"{sorted(leaves) or 'none'} of its parameters; only {' and '.join(EXPERT_PARAMETERS)}, or a single "
+                "one, can be told apart"
             )
         nest.sort(key=lambda module: -module.count(_NESTED))
         named |= {module: f"{root}.{leaf}" for module, leaf in zip(nest, known)}
@@ -51,8 +51,12 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
 def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Tensor, Tensor]]:
     """The factors `(B_e, A_e)` of each expert, from `B (d_out, r experts)` and `A (experts r, d_in)`.
 
-    In `A` an expert's rows lie together, in `B` its columns are spread (`rank_major`, PEFT's), or lie together
+    In `A` an expert's rows lie together.  In `B` its columns are spread (`rank_major`, PEFT's layout), or lie together
     too (`grouped_by_expert`, as some of Unsloth's files say).
+
+    Args:
+        rank: of one expert, r
+        layout: `lora_B_layout` of the configuration
     """
     n = A.shape[0] // rank
     A = A.reshape(n, rank, -1)
@@ -93,10 +97,14 @@ def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) 
 
 
 def _transposed(module: LoraModule, tensor: str, base: ModelTensors) -> bool:
-    """Whether the base stores `(experts, d_in, d_out)`; where both orientations fit, the other projection tells."""
+    """Whether the base stores `(experts, d_in, d_out)`.
+
+    Where both orientations fit, the shape of the other projection tells which it is.
+    """
     _, *shape = base.shapes[tensor]
     if shape[0] != shape[1]:
         return module.shape != tuple(shape)
     stem, _, leaf = tensor.rpartition(".")
-    other = base.shapes.get(f"{stem}.{'down_proj' if leaf == 'gate_up_proj' else 'gate_up_proj'}")
+    gate_up, down = EXPERT_PARAMETERS
+    other = base.shapes.get(f"{stem}.{down if leaf == gate_up else gate_up}")
     return other is not None and other[1] < other[2]

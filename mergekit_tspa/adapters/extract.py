@@ -1,15 +1,15 @@
-"""A full model as an adapter: low-rank factors of its difference to the base, made weight by weight when needed."""
+"""A full model as an adapter: low-rank factors of its difference to the base, made tensor by tensor when needed."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters.adapter import EMBEDDINGS, HEADS, Adapter
+from mergekit_tspa.adapters.adapter import Adapter
+from mergekit_tspa.base.architectures import COMPUTED, EMBEDDINGS, EXPERTS, HEADS, TABLE, VOCABULARY
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import leading_triplets, seed_of
@@ -17,10 +17,6 @@ from mergekit_tspa.updates import LoraFactors
 
 LOG = logging.getLogger(__name__)
 
-# Matrices that are tables: a row per token, position or token type.
-_TABLE = re.compile(r"(embed\w*|wte|wpe|shared|lm_head)\.weight$")
-_EXPERTS = re.compile(r"expert|moe")
-_COMPUTED = re.compile(r"\.inv_freq$")  # old checkpoints store it; nothing reads it
 _LOW_RANK = 0.9  # share of a difference that should be in its factors
 
 
@@ -38,7 +34,7 @@ class Extraction(NamedTuple):
 
 @dataclass(eq=False)
 class ExtractedModule:
-    """The update `D = W - W_base` of one weight, as `U_k S_k V_k^T`; takes the place of a `LoraModule`."""
+    """The update `D = W - W_base` of one tensor, as `U_k S_k V_k^T`; takes the place of a `LoraModule`."""
 
     tensor: str
     shape: tuple[int, int]
@@ -59,7 +55,7 @@ class ExtractedModule:
         """`B = U_k sqrt(S_k)`, `A = sqrt(S_k) V_k^T`; made once, in float32, and kept.
 
         Raises:
-            InputError: one of the weights contains NaN or Inf.
+            InputError: one of the two tensors contains NaN or Inf.
         """
         if self.known is None:
             W, W_base = self.read()
@@ -102,8 +98,8 @@ class StoredTensor:
 def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extraction: Extraction) -> Adapter:
     """A full model as an adapter whose modules and changes have the names of the base's tensors; reads headers only.
 
-    Linear weights, and those of each expert, become low-rank updates.  Norms, biases, embeddings, heads and whatever
-    else is no matrix are changes.
+    The tensors of linear layers, and those of each expert, become low-rank updates.  Norms, biases, embeddings, heads
+    and whatever else is no matrix are changes.
 
     Raises:
         InputError: another architecture, tensors of other names or shapes, quantised ones, one embedding tied and the
@@ -124,9 +120,9 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
     modules, changes = {}, {}
     for tensor, stored in source.items():
         shape = base.shapes[tensor]
-        if len(shape) == 2 and tensor.endswith(".weight") and not _TABLE.search(tensor):
+        if len(shape) == 2 and tensor.endswith(".weight") and not TABLE.search(tensor):
             parts = [tensor]
-        elif len(shape) == 3 and _EXPERTS.search(tensor):
+        elif len(shape) == 3 and EXPERTS.search(tensor):
             parts = [f"{tensor}[{expert}]" for expert in range(shape[0])]
         else:
             changes[tensor] = StoredTensor(lambda stored=stored: model.read(stored))
@@ -157,19 +153,22 @@ def log_kept(adapter: Adapter) -> None:
     changed = [m for m in modules if m.kept is not None]
     if not changed:
         if modules:
-            LOG.warning("%s: its %d linear weights equal the base's", adapter.name, len(modules))
+            LOG.warning("%s: its %d linear tensors equal the base's", adapter.name, len(modules))
         return
     worst = min(changed, key=lambda m: m.kept)
     ranks = sorted(m.known.rank for m in changed)
     low_rank = worst.kept >= _LOW_RANK
     LOG.log(
         logging.INFO if low_rank else logging.WARNING,
-        "%s: of %d weights %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 on average, "
+        "%s: of %d tensors %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 on average, "
         "%.1f %% of %s%s",
-        *(adapter.name, len(modules), len(changed)),
+        adapter.name,
+        len(modules),
+        len(changed),
         ranks[0] if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}",
         100 * sum(m.kept for m in changed) / len(changed),
-        *(100 * worst.kept, worst.tensor),
+        100 * worst.kept,
+        worst.tensor,
         "" if low_rank else "; the rest is lost: raise extract_rank, or give extract_energy",
     )
 
@@ -179,7 +178,7 @@ def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[st
     if base.config and model.tied != base.tied:
         tied = name if model.tied else f"the base {base.name}"
         raise InputError(f"{name}: only {tied} ties embedding and head to one tensor; untie them there first")
-    here, there = ({t for t in side.shapes if not _COMPUTED.search(t)} for side in (model, base))
+    here, there = ({t for t in side.shapes if not COMPUTED.search(t)} for side in (model, base))
     source = {tensor: tensor for tensor in base.shapes if tensor in there}
     if model.tied:
         embedding = next((t for t in model.shapes if t.endswith(EMBEDDINGS)), None)
@@ -195,9 +194,9 @@ def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[st
     return source
 
 
-def _refuse_shape(name: str, tensor: str, model: ModelTensors, base: ModelTensors):
+def _refuse_shape(name: str, tensor: str, model: ModelTensors, base: ModelTensors) -> NoReturn:
     here, there = model.shapes[tensor], base.shapes[tensor]
-    vocabulary = tensor.endswith(HEADS + EMBEDDINGS) and here[1:] == there[1:]
+    vocabulary = tensor.endswith(VOCABULARY) and here[1:] == there[1:]
     way_out = (
         f"resize the base to {here[0]} tokens first (resize_token_embeddings)" if vocabulary else "use its own base"
     )

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from mergekit_tspa.adapters.adapter import Adapter
+from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_file, read_tensors
+from mergekit_tspa.adapters.kinds import MLX
 from mergekit_tspa.adapters.modules import LoraModule
-from mergekit_tspa.base.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.errors import InputError
 
 _PARTS = ("lora_a", "lora_b", "m")
@@ -30,15 +31,15 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     """`W + scale (a b)^T` with `a (d_in, r)` and `b (r, d_out)`; with DoRA also magnitudes `m (d_out,)`.
 
     Raises:
-        InputError: files are missing or damaged, or whole weights were trained.
+        InputError: files are missing or damaged, or whole tensors were trained.
     """
-    kind = config["fine_tune_type"]
+    kind = config[MLX.flag]
     if kind not in ("lora", "dora"):
         raise InputError(
             f"{name}: an mlx-lm adapter with fine_tune_type {reprlib.repr(kind)} holds no LoRA; fuse it with "
             "mlx_lm.fuse first"
         )
-    file = find_weights(directory, ("adapters.safetensors",), name)
+    file = find_file(directory, ("adapters.safetensors",), name)
     config = check_config(config, _Config, directory)
     scale = config["lora_parameters"]["scale"]
     parts: dict[str, dict] = {}

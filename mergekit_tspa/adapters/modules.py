@@ -12,21 +12,21 @@ from mergekit_tspa.updates import LoraFactors
 
 @dataclass(eq=False)
 class BasePart:
-    """What PiSSA or OLoRA took out of a base weight at training and put into the factors."""
+    """What PiSSA or OLoRA took out of a tensor of the base at training and put into the factors."""
 
-    of: Callable[[Tensor], LoraFactors]  # the part of a weight
-    read: Callable[[], Tensor] | None = None  # the weight; None while the base is not known
+    of: Callable[[Tensor], LoraFactors]  # the part of a tensor
+    read: Callable[[], Tensor] | None = None  # the tensor; None while the base is not known
     known: LoraFactors | None = None
 
     def factors(self, device: torch.device | str | None) -> LoraFactors:
-        """Computed where it is first asked for, in float32, and kept: it costs a decomposition of the weight."""
+        """Computed when it is first asked for, in float32, and kept: it costs a decomposition of the tensor."""
         if self.known is None:
             self.known = self.of(self.read().to(device, torch.float32))
         return self.known
 
 
 class LoraModule(NamedTuple):
-    """The update of one weight as stored: factors in the file's dtype, and how to read them."""
+    """The update of one tensor as stored: factors in the file's dtype, and how to read them."""
 
     B: Tensor  # (d_out, r)
     A: Tensor  # (r, d_in)
@@ -43,7 +43,7 @@ class LoraModule(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight it updates; a convolution's is taken as `(d_out, d_in * kernel)`."""
+        """Of the tensor it updates; a convolution's is taken as `(d_out, d_in * kernel)`."""
         shape = self.B.shape[0], self.A.shape[1]
         return shape[::-1] if self.transposed else shape
 

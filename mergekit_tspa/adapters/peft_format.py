@@ -1,10 +1,9 @@
 """Read a PEFT LoRA adapter from disk, or refuse it by name.
 
-What decides is the file's tensors, not `target_modules`; the configuration gives the scale and the flags that
-change what the tensors mean.  Rank and alpha patterns are looked up with PEFT's own function.
+The file's tensors decide what is adapted, not `target_modules`.  The configuration gives the scale and the flags that
+change what the tensors mean; `kinds.py` lists them.  Rank and alpha patterns are looked up with PEFT's own function.
 """
 
-import logging
 import math
 import re
 import reprlib
@@ -19,46 +18,16 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import experts
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.altered import olora_part, pissa_part
+from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_file, read_tensors
+from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, check_kinds, check_tensor, kinds_of
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
-from mergekit_tspa.base.files import as_matrices, check_config, check_values, find_weights, read_tensors
 from mergekit_tspa.base.names import strip_prefixes
 from mergekit_tspa.errors import InputError
 
-LOG = logging.getLogger(__name__)
-
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and use the merged checkpoint"
-_CONVERT = "its base was altered at training; convert it with PEFT's path_initial_model_for_weight_conversion"
-
-# Configuration flags whose adapters cannot be read as updates of a weight: {key: (what it is, way out)}.
-_REFUSED_FLAGS = {
-    "kasa_config": ("a KaSA adapter", _MERGE_FIRST),
-    "alora_invocation_tokens": ("an activated LoRA (aLoRA)", "it acts on some tokens only and cannot be merged"),
-    "use_qalora": ("a QALoRA adapter", "it pools its inputs and cannot be merged into a weight"),
-    "arrow_config": ("an Arrow router", "it picks adapters per token and cannot be merged"),
-    "layer_replication": ("an adapter with layer_replication", "its base has other layers; build that base first"),
-}
-# Values of init_lora_weights that change the base at training in a way that cannot be repeated here: by data, by
-# quantisation, or by a randomised decomposition.
-_REFUSED_INITS = ("pissa_niter", "corda", "loftq", "lora_ga")
-_KNOWN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica", "pissa", "olora")
-
-# Tensor names, after the prefixes, that belong to something other than LoRA.
-_REFUSED_TENSORS = (
-    (r"\.hada_w", "a LoHa adapter", _MERGE_FIRST),
-    (r"\.lokr_w", "a LoKr adapter", _MERGE_FIRST),
-    (r"\.ia3_l", "an IA3 adapter", _MERGE_FIRST),
-    (r"\.vera_lambda", "a VeRA adapter", _MERGE_FIRST),
-    (r"\.lora_E$|\.ranknum$", "an AdaLoRA adapter", _MERGE_FIRST),
-    (r"\.(oft|boft)_", "an OFT adapter", _MERGE_FIRST),
-    (r"\.lora_diag(\.|$)", "a KaSA adapter", _MERGE_FIRST),
-    (r"\.lora_(down|up)\.|^lora_(unet|te)", "a kohya-style adapter", "convert it to the PEFT format"),
-    (r"\.lora_[ab]$", "an mlx-lm adapter", "put it beside the adapter_config.json that mlx-lm wrote"),
-    (r"\.lora_", "no known kind of LoRA", _MERGE_FIRST),
-)
-# Frozen copies of base weights, and what VeLoRA and MonteCLoRA need for training only.
-_IGNORED = re.compile(r"\.base_layer\.weight$|\.original_module\.|\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+# Frozen copies of the base's tensors, and what some kinds need for training only.
+_TRAINING_ONLY = [kind.training_only for kind in KINDS if kind.training_only]
+_IGNORED = re.compile("|".join([r"\.base_layer\.weight$", r"\.original_module\.", *_TRAINING_ONLY]))
 _LORA_KEY = re.compile(
     r"^(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(\.weight|(?P<bias>\.bias))?$"
@@ -102,9 +71,12 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     Raises:
         InputError: files are missing or damaged, the adapter is of another kind, or a value is not finite.
     """
-    _refuse_config(config, name)
+    if config.get("peft_type") != "LORA":
+        kind = reprlib.repr(config.get("peft_type"))
+        raise InputError(f"{name}: peft_type is {kind}, not 'LORA', and cannot be read as factors; {MERGE_FIRST}")
+    check_kinds(config, name)
     config = check_config(config, _Config, directory)
-    file = find_weights(directory, _FILES, name)
+    file = find_file(directory, _FILES, name)
     lora, trained = _sort(read_tensors(file), config, file)
     if not lora and not trained:
         raise InputError(f"{file}: holds no LoRA tensors")
@@ -122,22 +94,6 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
                 raise InputError(f"{file}: {bias} is there twice, in two shapes; save the adapter again")
             changes[bias] = Change(changes[bias].value + added) if bias in changes else Change(added, added=True)
     return Adapter(name, config["base_model_name_or_path"], modules, changes)
-
-
-def _refuse_config(config: Mapping[str, Any], name: str) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise InputError(
-            f"{name}: peft_type is {reprlib.repr(kind)}, not 'LORA', and cannot be read as factors; {_MERGE_FIRST}"
-        )
-    for flag, (what, way_out) in _REFUSED_FLAGS.items():
-        if config.get(flag):
-            raise InputError(f"{name}: {what} is not supported; {way_out}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_REFUSED_INITS):
-        raise InputError(f"{name}: initialised with {reprlib.repr(init)}, which is not supported: {_CONVERT}")
-    if init not in _KNOWN_INITS:
-        LOG.warning("%s: init_lora_weights is %r, unknown here; read as a plain LoRA", name, init)
 
 
 def _sort(
@@ -165,12 +121,10 @@ def _sort(
 
 
 def _check_trained(key: str, config: Mapping[str, Any], file: Path) -> None:
-    """Refuse a tensor that belongs to something else than a saved module, a bias, or trained tokens."""
-    for pattern, what, way_out in _REFUSED_TENSORS:
-        if re.search(pattern, key):
-            raise InputError(f"{file}: tensor {key} belongs to {what}, which is not supported; {way_out}")
+    """Refuse a tensor that does not belong to a saved module, a bias, or trained tokens."""
+    check_tensor(key, file)
     if not any(known in key for known in (".weight", ".bias", _TOKENS, *(config.get("modules_to_save") or ()))):
-        raise InputError(f"{file}: tensor {key} is of no known kind; {_MERGE_FIRST}")
+        raise InputError(f"{file}: tensor {key} is of no known kind; {MERGE_FIRST}")
 
 
 def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> tuple[str, Change]:
@@ -259,12 +213,8 @@ def _expanded(module: str, B: Tensor, A: Tensor, blocks: Mapping[str, Any], file
 
 
 def _base_part(config: Mapping[str, Any], rank: int, scale: float) -> BasePart | None:
-    match str(config.get("init_lora_weights")).lower():
-        case "pissa":
-            return BasePart(partial(pissa_part, rank=rank))
-        case "olora":
-            return BasePart(partial(olora_part, rank=rank, scale=scale))
-    return None
+    part = next((kind.base_part for kind in kinds_of(config) if kind.base_part), None)
+    return part and BasePart(partial(part, rank=rank, scale=scale))
 
 
 def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str, file: Path) -> Any:

@@ -1,16 +1,16 @@
 """Write a PEFT adapter that every consumer reads alike: scale 1, one rank, few configuration keys."""
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from mergekit_tspa.adapters.files import CONFIG_FILE
 from mergekit_tspa.adapters.modules import LoraModule
-from mergekit_tspa.base.files import CONFIG_FILE
+from mergekit_tspa.base.files import replaced
 from mergekit_tspa.updates import LoraFactors
 
 
@@ -28,7 +28,7 @@ def write_adapter(
     llama.cpp read neither patterns nor more than one rank.
 
     Args:
-        updates: by module, in the orientation in which the base stores its weight
+        updates: by module, in the orientation in which the base stores its tensor
         modules: an adapter's module of that name, for its orientation and kind
         base: the base model as the user wrote it
 
@@ -60,19 +60,8 @@ def write_adapter(
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG_FILE).unlink(missing_ok=True)
-    with _replaced(directory / "adapter_model.safetensors") as file:
+    with replaced(directory / "adapter_model.safetensors") as file:
         save_file(tensors, file, metadata={"format": "pt"})
-    with _replaced(directory / CONFIG_FILE) as file:
+    with replaced(directory / CONFIG_FILE) as file:
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return config
-
-
-@contextmanager
-def _replaced(file: Path) -> Iterator[Path]:
-    """A file beside `file` that takes its name once it is whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        yield partial
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ class Checkpoint(Mapping[str, Tensor]):
         names: file names to look for, of the whole file or, followed by `.index.json`, of the index of its shards
 
     Raises:
-        InputError: no weights there, a damaged header or index, or an index that points out of the directory.
+        InputError: no tensors there, a damaged header or index, or an index that points out of the directory.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str] = _SINGLE):
@@ -35,10 +35,10 @@ class Checkpoint(Mapping[str, Tensor]):
         for name in names:
             index, single = self.directory / f"{name}.index.json", self.directory / name
             if index.is_file():
-                weights = read_json(index).get("weight_map")
-                if not isinstance(weights, dict):
+                files = read_json(index).get("weight_map")
+                if not isinstance(files, dict):
                     raise InputError(f"{index}: has no weight_map; copy or save the checkpoint again")
-                return {check_name(tensor, index): self._shard(file, index) for tensor, file in weights.items()}
+                return {check_name(tensor, index): self._shard(file, index) for tensor, file in files.items()}
             if single.is_file():
                 return {check_name(tensor, single): single for tensor in self._open(single).keys()}
         raise InputError(f"{self.directory}: no {' or '.join(names)} there, whole or sharded")

@@ -1,7 +1,7 @@
-"""Where the attention weights of a base model are, and how their heads lie in them.
+"""Where the attention tensors of a base model are, and how their heads lie in them.
 
-Names of the tensors say which role a weight plays; the head counts come from the model's configuration, never
-from shapes.
+The names of the tensors say which role each of them plays; the head counts come from the model's configuration,
+never from shapes.  `architectures.py` lists the names and the keys.
 """
 
 import re
@@ -9,30 +9,30 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from mergekit_tspa.base.architectures import (
+    ARCHITECTURES,
+    ATTENTION_BLOCK,
+    ATTENTION_ROLES,
+    architecture_of,
+    part_of,
+)
 from mergekit_tspa.errors import InputError
 
-_ROLES = {
-    "q": ("q_proj", "self.query", "q_lin", "q"),
-    "k": ("k_proj", "self.key", "k_lin", "k"),
-    "v": ("v_proj", "self.value", "v_lin", "v"),
-    "o": ("o_proj", "out_proj", "output.dense", "out_lin", "o", "dense", "c_proj"),
-    "qkv": ("qkv_proj", "query_key_value", "c_attn"),
-}
-_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+_ROLE_OF = {name: role for role, names in ATTENTION_ROLES.items() for name in names}
 _ATTENTION = re.compile(
-    r"^(?P<block>(?:.*\.)?[^.]*(?:attn|attention)[^.]*)\.(?P<name>"
+    rf"^(?P<block>(?:.*\.)?{ATTENTION_BLOCK})\.(?P<name>"
     + "|".join(map(re.escape, sorted(_ROLE_OF, key=len, reverse=True)))
     + r")\.weight$",
     re.IGNORECASE,
 )
-# Models with one tensor for query, key and value: all queries, then all keys, then all values; or the three of
-# each head in turn.
-_FUSED = {"phi3": "stacked", "gpt2": "stacked", "gpt_neox": "per head"}
-# Models whose rotary embedding turns neighbouring coordinates instead of the two halves of a head.
-_INTERLEAVED_ROPE = {"chatglm", "cohere", "cohere2", "glm", "glm4", "gptj"}
+_IN_ATTENTION = re.compile(rf"(^|\.){ATTENTION_BLOCK}\.", re.IGNORECASE)
 KNOWN_LAYOUTS = (
-    "separate " + ", ".join("/".join(_ROLES[role]) for role in "qkvo") + "; fused " + ", ".join(sorted(_FUSED))
+    "separate "
+    + ", ".join("/".join(ATTENTION_ROLES[role]) for role in "qkvo")
+    + "; fused "
+    + ", ".join(sorted(row.model_type for row in ARCHITECTURES if row.fused))
 )
 
 
@@ -44,39 +44,38 @@ class AttentionGeometry(NamedTuple):
     head_dim: int
     rotary_dim: int | None = None  # coordinates of a head that RoPE turns; None: unknown layout, 0: no RoPE
     fused: str | None = None  # layout of a fused qkv tensor
-    transposed: bool = False  # weights are stored (d_in, d_out)
+    transposed: bool = False  # the tensors are stored (d_in, d_out)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], block: str = "") -> "AttentionGeometry":
-        """Read a model's `config.json`; for `block`s of a vision tower its `vision_config`.
+        """Read a model's `config.json`; for a `block` of a vision tower its `vision_config`.
 
         Raises:
             InputError: the configuration names no head count.
         """
-        part = "vision_config" if re.search(r"vis(ion|ual)", block) else "text_config"
-        config = config.get(part) or config
+        config = part_of(config, block)
+        architecture = architecture_of(config)
 
-        def first(*keys: str) -> Any:
+        def first(keys: tuple[str, ...]) -> Any:
             return next((config[key] for key in keys if config.get(key) is not None), None)
 
-        n_heads = first("num_attention_heads", "n_head", "num_heads", "n_heads")
+        n_heads = first(architecture.n_heads)
         if n_heads is None:
             raise InputError("the base's configuration names no number of attention heads (num_attention_heads)")
-        n_kv_heads = first("num_key_value_heads", "num_kv_heads") or n_heads
-        head_dim = first("head_dim", "d_kv") or first("hidden_size", "n_embd", "d_model", "dim") // n_heads
-        rope = first("rope_parameters", "rope_scaling") or {}
-        if first("rope_theta", "rope_parameters", "rotary_pct", "rotary_emb_base") is None:
+        n_kv_heads = first(architecture.n_kv_heads) or n_heads
+        head_dim = first(architecture.head_dim) or first(architecture.width) // n_heads
+        rope = first(("rope_parameters", "rope_scaling")) or {}
+        if first(architecture.rope) is None:
             rotary_dim = 0
-        elif config.get("model_type") in _INTERLEAVED_ROPE:
+        elif architecture.interleaved_rope:
             rotary_dim = None
         else:
-            share = first("partial_rotary_factor", "rotary_pct") or rope.get("partial_rotary_factor") or 1
+            share = first(architecture.rotary_share) or rope.get("partial_rotary_factor") or 1
             rotary_dim = int(head_dim * share)
-        model_type = config.get("model_type")
-        return cls(n_heads, n_kv_heads, head_dim, rotary_dim, _FUSED.get(model_type), model_type == "gpt2")
+        return cls(n_heads, n_kv_heads, head_dim, rotary_dim, architecture.fused, bool(architecture.conv1d))
 
-    def rows(self, role: str) -> torch.Tensor:
-        """Rows of a fused qkv weight that belong to a role."""
+    def rows(self, role: str) -> Tensor:
+        """Indices of the rows of a fused qkv tensor that belong to a role."""
         n = {"q": self.n_heads, "k": self.n_kv_heads, "v": self.n_kv_heads}
         if self.fused == "per head":
             heads = torch.arange(3 * self.n_heads * self.head_dim).view(self.n_heads, 3, self.head_dim)
@@ -86,18 +85,18 @@ class AttentionGeometry(NamedTuple):
 
 
 def attention_role(tensor: str) -> tuple[str, str] | None:
-    """`(block, role)` of a weight, role one of q, k, v, o, qkv; None when it is not a known attention weight.
+    """`(block, role)` of a tensor, role one of q, k, v, o, qkv; None when it is not a known attention tensor.
 
     >>> attention_role("model.layers.0.self_attn.q_proj.weight")
     ('model.layers.0.self_attn', 'q')
     """
     match = _ATTENTION.match(tensor)
-    return match and (match["block"], _ROLE_OF[match["name"]])
+    return (match["block"], _ROLE_OF[match["name"].lower()]) if match else None
 
 
 def in_attention(tensor: str) -> bool:
-    """Whether a weight belongs to an attention block, of whatever layout."""
-    return re.search(r"(^|\.)[^.]*(attn|attention)[^.]*\.", tensor, re.IGNORECASE) is not None
+    """Whether a tensor belongs to an attention block, of whatever layout."""
+    return _IN_ATTENTION.search(tensor) is not None
 
 
 def attention_blocks(tensors: Iterable[str]) -> dict[str, dict[str, str]]:

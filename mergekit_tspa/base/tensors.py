@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from mergekit_tspa.base.architectures import part_of
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.names import TensorNames
 from mergekit_tspa.errors import InputError
@@ -47,7 +48,7 @@ class ModelTensors:
     @property
     def tied(self) -> bool:
         """Whether embedding and head share one tensor."""
-        text = self.config.get("text_config") or self.config
+        text = part_of(self.config)
         return bool(text.get("tie_word_embeddings", self.config.get("tie_word_embeddings")))
 
     def match(self, wanted: Collection[str], adapter: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_tspa.linalg import numerical_rank
+from mergekit_tspa.linalg import numerical_rank, product_svd
 from mergekit_tspa.updates import LoraFactors
 
 SAMPLE = 2**18  # about how many entries of an update are looked at for their signs
@@ -27,18 +27,16 @@ class Svd(NamedTuple):
 
 
 def svd(B: Tensor, A: Tensor) -> Svd:
-    """Of ``B A``, through ``B = Q_B R_B``, ``A^T = Q_A R_A`` and the SVD of ``R_B R_A^T``.
+    """Of ``B A``, without what is rounding.
 
     Args:
         B: (m, d_out, r)
         A: (m, r, d_in)
     """
-    Q_B, R_B = torch.linalg.qr(B.double())
-    Q_A, R_A = torch.linalg.qr(A.double().mT)
-    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
+    U, S, Vh = product_svd(B, A)
     rank = numerical_rank(S, (B.shape[1], A.shape[2]))
     kept = torch.arange(S.shape[1], device=S.device) < rank[:, None]  # (m, k)
-    return Svd(Q_B @ (U * kept[:, None]), S * kept, Q_A @ (Vh.mT * kept[:, None]), rank)
+    return Svd(U * kept[:, None], S * kept, Vh.mT * kept[:, None], rank)
 
 
 def effective_rank(S: Tensor) -> Tensor:

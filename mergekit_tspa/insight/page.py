@@ -1,7 +1,6 @@
 """The report on disk: one HTML file that needs nothing else, and its pictures beside it."""
 
 import base64
-import os
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
 
+from mergekit_tspa.base.files import replaced
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.findings import Finding
 from mergekit_tspa.insight.inspection import Inspection
@@ -102,9 +102,8 @@ def write_page(ins: Inspection, found: Sequence[Finding], out: Path, progress: P
             terms=_TERMS,
             merged=ins.merge is not None,
         )
-        partial = out / f".{PAGE}.partial"
-        partial.write_text(html, encoding="utf-8", errors="replace")
-        os.replace(partial, out / PAGE)
+        with replaced(out / PAGE) as file:
+            file.write_text(html, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out}: the report could not be written: {error}") from error
     return out / PAGE

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch.nn import Parameter
 
 from mergekit_tspa.adapters import LoraModule
+from mergekit_tspa.adapters.kinds import kinds_of
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.api import merge_adapters
@@ -17,13 +18,6 @@ from mergekit_tspa.methods import METHODS
 from mergekit_tspa.updates import LoraFactors, LowRank
 
 LOG = logging.getLogger(__name__)
-
-# Settings of adapters that are more than, or other than, an update `B A` of the layers they are on.
-_NOT_IN_FACTORS = (
-    *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication"),
-)
-_ALTERED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 @torch.no_grad()
@@ -56,7 +50,7 @@ def add_merged_adapter(
     base = model.get_base_model()
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     if any(layer.merged for layer in layers.values()):
-        raise InputError("an adapter is merged into the base's weights: call model.unmerge_adapter() first")
+        raise InputError("an adapter is merged into the base: call model.unmerge_adapter() first")
     row = METHODS.get(method)
     if row and row.result.dense and parameters.get("rank") is None:
         raise InputError(f"{method} makes dense updates, which no adapter can hold: give rank=")
@@ -66,7 +60,7 @@ def add_merged_adapter(
     merged = merge_adapters(method, factors, weights, device=next(model.parameters()).device, **context, **parameters)
     if not merged:
         raise InputError("every weight is 0: there is nothing to merge")
-    # An update stays dense where `rank` leaves it as it is.
+    # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
     updates = {path: u if isinstance(u, LowRank) else u.truncated(u.rank) for path, u in merged.items()}
     rank = max(update.rank for update in updates.values())
 
@@ -88,7 +82,10 @@ def add_merged_adapter(
 
 
 def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
-    """Refuse what is no LoRA model, names that do not fit it, and adapters that are more than factors."""
+    """
+    Raises:
+        InputError: this is no LoRA model, a name does not fit it, or an adapter is more than its factors.
+    """
     if not isinstance(model, PeftModel) or model.peft_type != PeftType.LORA:
         raise InputError("the model is no PeftModel with LoRA adapters: load some with PeftModel.from_pretrained")
     loaded = model.peft_config
@@ -101,18 +98,19 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
     if not name or "." in name:
         raise InputError(f"{name!r} cannot name an adapter: it must not be empty or contain a dot")
     for adapter in adapters:
-        more = [key for key in _NOT_IN_FACTORS if (getattr(loaded[adapter], key, None) or "none") != "none"]
+        kinds = kinds_of(vars(loaded[adapter]))
+        more = [kind.flag for kind in kinds if not kind.in_factors]
         if more:
             raise InputError(
                 f"adapter {adapter!r} has {' and '.join(more)}, which a merge of LoRA factors would lose; save it and "
                 "merge it into a checkpoint instead, by a recipe"
             )
-        init = str(loaded[adapter].init_lora_weights).lower()
-        if init.startswith(_ALTERED_BASE):
+        if any(kind.alters_base for kind in kinds):
             LOG.warning(
-                "adapter %r (%s) took a part out of the base's weights, which is merged and weighted with the rest of "
-                "it; the result belongs to the weights as they are in this model, not to the original checkpoint",
-                *(adapter, init),
+                "adapter %r (%s) took a part out of the base's tensors, which is merged and weighted with the rest of "
+                "it; the result belongs to the tensors as they are in this model, not to the original checkpoint",
+                adapter,
+                loaded[adapter].init_lora_weights,
             )
 
 
@@ -126,7 +124,7 @@ def _attention_context(base: torch.nn.Module) -> dict[str, Any]:
 
 
 def _pair(layer: LoraLayer, adapter: str) -> tuple[Parameter, Parameter] | None:
-    """`B (d_out, r ..)` and `A (r, d_in ..)`, a convolution's with the dimensions of its kernel."""
+    """`B (d_out, r ..)` and `A (r, d_in ..)`, where a convolution's have the dimensions of its kernel besides."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
     if adapter in layer.lora_A:
@@ -146,7 +144,7 @@ def _read(layer: LoraLayer, adapter: str) -> LoraFactors:
 
 
 def _write(layer: LoraLayer, adapter: str, update: LoraFactors, dtype: torch.dtype) -> None:
-    """Give an adapter of scale 1 the update of a weight."""
+    """Give an adapter of scale 1 the update of a layer's tensor, in the base's orientation."""
     B, A = (update.A.T, update.B.T) if _transposed(layer) else update
     for parameter, factor in zip(_pair(layer, adapter), (B, A)):
         parameter.data = torch.empty_like(parameter, dtype=dtype).copy_(factor.reshape(parameter.shape))

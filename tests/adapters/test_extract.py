@@ -7,8 +7,8 @@ import torch
 
 from mergekit_tspa import InputError
 from mergekit_tspa.adapters import Extraction, extract_adapter, log_kept
-from mergekit_tspa.adapters.extract import leading_triplets
 from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.linalg import leading_triplets
 from tests.conftest import relative_error
 
 Q, NORM = "model.layers.0.self_attn.q_proj", "model.norm.weight"

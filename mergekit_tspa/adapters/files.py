@@ -1,0 +1,112 @@
+"""The files of an adapter.  Nothing in them is trusted."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from mergekit_tspa.base.files import check_name, load_pickle, read_json, readable
+from mergekit_tspa.errors import InputError
+
+CONFIG_FILE = "adapter_config.json"
+_PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def read_config(directory: Path, name: str) -> dict[str, Any]:
+    """`adapter_config.json` of a directory.
+
+    Raises:
+        InputError: there is none, or it holds no JSON object.
+    """
+    file = directory / CONFIG_FILE
+    if not directory.is_dir():
+        raise InputError(f"{name}: there is no adapter directory {directory}")
+    if not file.is_file():
+        found = [f.name for f in (*directory.glob("adapter*.safetensors"), *directory.glob("adapter*.bin"))]
+        hint = f" (it does hold {found[0]})" if found else ""
+        raise InputError(f"{name}: {directory} has no {CONFIG_FILE}{hint}; is it a PEFT adapter?")
+    return read_json(file)
+
+
+def check_config(config: Mapping[str, Any], keys: type[BaseModel], directory: Path) -> dict[str, Any]:
+    """Those keys of a configuration that `keys` declares, of the types that it declares.
+
+    Raises:
+        InputError: a key is missing, or its value is of another type.
+    """
+    try:
+        return keys.model_validate(config).model_dump()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))[:200]
+        message = f"{where} is {str(first['input'])[:80]}: {first['msg']}" if first["type"] != "missing" else where
+        raise InputError(
+            f"{directory / CONFIG_FILE}: {'no ' if first['type'] == 'missing' else ''}{message}; save the adapter again"
+        ) from error
+
+
+def find_file(directory: Path, candidates: Sequence[str], name: str) -> Path:
+    """The first of these files that is there.
+
+    Raises:
+        InputError: none is.
+    """
+    file = next((directory / f for f in candidates if (directory / f).is_file()), None)
+    if file is None:
+        raise InputError(f"{name}: no {' or '.join(candidates)} beside {CONFIG_FILE} in {directory}")
+    return file
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors, in memory of their own: if a mapped file were cut, the next access would end the process."""
+    with readable(file):
+        if file.suffix != ".safetensors":
+            return load_pickle(file)
+        with safe_open(file, framework="pt") as opened:
+            return {check_name(key, file): opened.get_tensor(key).clone() for key in opened.keys()}
+
+
+def check_values(tensor: Tensor, key: str, file: Path) -> None:
+    """
+    Raises:
+        InputError: a tensor is empty, holds anything but floating-point values of 16 bits or more, or is not finite.
+    """
+    if tensor.numel() == 0:
+        raise InputError(
+            f"{file}: {key} is empty; it was saved under DeepSpeed ZeRO-3 without gathering, save it again "
+            "with stage3_gather_16bit_weights_on_model_save"
+        )
+    if tensor.dtype not in _PRECISIONS:
+        raise InputError(
+            f"{file}: {key} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} where floating-point values of "
+            "16 bits or more are expected"
+        )
+    if not torch.isfinite(tensor.float()).all():
+        raise InputError(f"{file}: {key} contains NaN or Inf; the training diverged or the file is damaged")
+
+
+def as_matrices(B: Tensor, A: Tensor, module: str, file: Path) -> tuple[Tensor, Tensor]:
+    """`B (d_out, r)` and `A (r, d_in)`.
+
+    The factors of a convolution, `B (d_out, r, 1 ..)` and `A (r, d_in, kernel ..)`, make an update `B A` of its tensor
+    taken as `(d_out, d_in * kernel)`.
+
+    Raises:
+        InputError: a factor has fewer than two dimensions, or their ranks differ.
+    """
+    if A.ndim < 2 or B.ndim < 2:
+        raise InputError(
+            f"{file}: {module} has factors of shapes {tuple(B.shape)} and {tuple(A.shape)} where at least two "
+            "dimensions are expected; save the adapter again"
+        )
+    B, A = B.flatten(1), A.flatten(1)
+    if A.shape[0] != B.shape[1]:
+        raise InputError(
+            f"{file}: {module} has lora_B of shape {tuple(B.shape)} and lora_A of shape {tuple(A.shape)}, "
+            "whose ranks differ"
+        )
+    return B, A

@@ -1,0 +1,232 @@
+"""Every kind of adapter, in one table: how it is recognised, and what is done with it.
+
+The reader, its refusals, the labels that `check` shows, merges of adapters in memory (`merging/loaded.py`) and the
+table of docs/adapters.md go by it.  A new kind is one row of `KINDS`.  A kind that PEFT marks with
+`"use_newlora": true`, and whose factors cannot be read as an update:
+
+    Kind(
+        "NewLoRA",
+        flag="use_newlora",
+        read=False,
+        what="a NewLoRA adapter",
+        way_out=MERGE_FIRST,
+        in_factors=False,
+    ),
+
+One that starts as `init_lora_weights: "newinit"` and leaves the base alone is `Kind("NewInit", init="newinit",
+update=PLAIN)`; one that takes a part out of the base also names the function that says which (`base_part`).
+"""
+
+import logging
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mergekit_tspa.adapters.altered import olora_part, pissa_part
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.updates import LoraFactors
+
+LOG = logging.getLogger(__name__)
+
+PLAIN = "`s B A`"
+MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and use the merged checkpoint"
+_CONVERT = "its base was altered at training; convert it with PEFT's path_initial_model_for_weight_conversion"
+_DIRECTLY = "a tensor trained directly"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter."""
+
+    name: str  # as its paper and PEFT call it
+
+    # How it is recognised: by one of these.
+    flag: str = ""  # key of adapter_config.json that is set
+    init: str = ""  # pattern of the whole value of init_lora_weights, in lower case
+    tensors: str = ""  # pattern of names of tensors, without PEFT's prefixes, that no LoRA of PEFT has
+
+    # What is done with it.
+    read: bool = True  # False: refused
+    update: str = ""  # what it makes of the base's tensor W, for the docs
+    label: str = ""  # as `check` shows it; without one it counts as LoRA
+    what: str = ""  # what it is, in the sentence that refuses it
+    way_out: str = ""  # what the user should do, or why nothing can be done
+    training_only: str = ""  # pattern of names of tensors that are needed for its training only
+    base_part: Callable[[Tensor, int, float], LoraFactors] | None = None  # (W, rank, scale) -> what it took out of W
+
+    # In a PEFT model in memory.
+    in_factors: bool = True  # whether the factors are all there is to it, so that it may be merged there
+    alters_base: bool = False  # whether training took a part out of the base, of which the user is then warned
+
+
+MLX = Kind("mlx-lm", flag="fine_tune_type", update="`scale (a b)^T`", label="mlx-lm")
+
+# The order is that of labels and of refusals: the first kind that fits is the one named.
+KINDS = (
+    Kind(
+        "DoRA",
+        flag="use_dora",
+        update="directions and magnitudes, see below",
+        label="DoRA",
+        in_factors=False,
+    ),
+    Kind("rsLoRA", flag="use_rslora", update="`s B A` with `s = alpha / sqrt(r)`", label="rsLoRA"),
+    Kind("bias of `lora_B`", flag="lora_bias", update="`s` times it is added to the layer's bias", in_factors=False),
+    Kind("biases", flag="bias", update=_DIRECTLY, in_factors=False),
+    Kind("saved modules", flag="modules_to_save", update=_DIRECTLY, in_factors=False),
+    Kind("tokens", flag="trainable_token_indices", update="rows trained directly", in_factors=False),
+    Kind("fused experts", flag="target_parameters", update="`s B_e A_e` for each expert `e`", in_factors=False),
+    Kind(
+        "BD-LoRA",
+        flag="use_bdlora",
+        update="`s B A`, the compact factor expanded to its block diagonal",
+        label="BD-LoRA",
+        in_factors=False,
+    ),
+    MLX,
+    Kind("VeLoRA", flag="velora_config", update=PLAIN, training_only=r"\.lora_velora_embed(\.|$)"),
+    Kind("MonteCLoRA", flag="monteclora_config", update=PLAIN, training_only=r"\.lora_monteclora_sampler(\.|$)"),
+    Kind(
+        "QALoRA",
+        flag="use_qalora",
+        read=False,
+        what="a QALoRA adapter",
+        way_out="it pools its inputs and cannot be merged into a tensor",
+        in_factors=False,
+    ),
+    Kind(
+        "aLoRA",
+        flag="alora_invocation_tokens",
+        read=False,
+        what="an activated LoRA (aLoRA)",
+        way_out="it acts on some tokens only and cannot be merged",
+        in_factors=False,
+    ),
+    Kind(
+        "Arrow",
+        flag="arrow_config",
+        read=False,
+        what="an Arrow router",
+        way_out="it picks adapters per token and cannot be merged",
+        in_factors=False,
+    ),
+    Kind(
+        "KaSA",
+        flag="kasa_config",
+        tensors=r"\.lora_diag(\.|$)",
+        read=False,
+        what="a KaSA adapter",
+        way_out=MERGE_FIRST,
+        in_factors=False,
+        alters_base=True,
+    ),
+    Kind(
+        "layer replication",
+        flag="layer_replication",
+        read=False,
+        what="an adapter with layer_replication",
+        way_out="its base has other layers; build that base first",
+        in_factors=False,
+    ),
+    Kind("gaussian or orthogonal start", init="gaussian|orthogonal", update=PLAIN),
+    Kind("EVA", init="eva", update=PLAIN),
+    Kind("MiCA", init="mica", update=PLAIN),
+    Kind(
+        "PiSSA",
+        init="pissa",
+        update="`s B A` less the `r` largest singular triplets of `W`, of rank `2r`",
+        label="PiSSA",
+        base_part=pissa_part,
+        alters_base=True,
+    ),
+    Kind(
+        "OLoRA",
+        init="olora",
+        update="`s B A - s Q_r R_r` of `W = Q R`, of rank `2r`",
+        label="OLoRA",
+        base_part=olora_part,
+        alters_base=True,
+    ),
+    # These alter the base in a way that cannot be repeated here: by chance, by data, or by quantisation.
+    Kind("PiSSA by a randomised SVD", init="pissa_niter.*", read=False, way_out=_CONVERT, alters_base=True),
+    Kind("CorDA", init="corda.*", read=False, way_out=_CONVERT, alters_base=True),
+    Kind("LoftQ", init="loftq.*", read=False, way_out=_CONVERT, alters_base=True),
+    Kind("LoRA-GA", init="lora_ga.*", read=False, way_out=_CONVERT, alters_base=True),
+    Kind("LoHa", tensors=r"\.hada_w", read=False, what="a LoHa adapter", way_out=MERGE_FIRST),
+    Kind("LoKr", tensors=r"\.lokr_w", read=False, what="a LoKr adapter", way_out=MERGE_FIRST),
+    Kind("IA3", tensors=r"\.ia3_l", read=False, what="an IA3 adapter", way_out=MERGE_FIRST),
+    Kind("VeRA", tensors=r"\.vera_lambda", read=False, what="a VeRA adapter", way_out=MERGE_FIRST),
+    Kind("AdaLoRA", tensors=r"\.lora_E$|\.ranknum$", read=False, what="an AdaLoRA adapter", way_out=MERGE_FIRST),
+    Kind("OFT, BOFT", tensors=r"\.(oft|boft)_", read=False, what="an OFT adapter", way_out=MERGE_FIRST),
+    Kind(
+        "kohya's format",
+        tensors=r"\.lora_(down|up)\.|^lora_(unet|te)",
+        read=False,
+        what="a kohya-style adapter",
+        way_out="convert it to the PEFT format",
+    ),
+    Kind(
+        "mlx-lm without its configuration",
+        tensors=r"\.lora_[ab]$",
+        read=False,
+        what="an mlx-lm adapter",
+        way_out="put it beside the adapter_config.json that mlx-lm wrote",
+    ),
+    Kind("any other", tensors=r"\.lora_", read=False, what="no known kind of LoRA", way_out=MERGE_FIRST),
+)
+
+
+def kinds_of(config: Mapping[str, Any]) -> list[Kind]:
+    """The kinds that a configuration says an adapter is of; none for a plain LoRA.
+
+    Args:
+        config: `adapter_config.json`, or the fields of a `LoraConfig`.
+    """
+    init = _init(config)
+    return [
+        kind
+        for kind in KINDS
+        if (kind.flag and (config.get(kind.flag) or "none") != "none")
+        or (kind.init and re.fullmatch(kind.init, init, re.DOTALL))
+    ]
+
+
+def label_of(config: Mapping[str, Any]) -> str:
+    """Such as `LoRA` or `DoRA, PiSSA`."""
+    return ", ".join(kind.label for kind in kinds_of(config) if kind.label) or "LoRA"
+
+
+def check_kinds(config: Mapping[str, Any], name: str) -> None:
+    """Refuse an adapter by its configuration, and warn of an initialisation that is not known.
+
+    Raises:
+        InputError: it is of a kind that cannot be read as an update of the base's tensors.
+    """
+    found = kinds_of(config)
+    init = config.get("init_lora_weights", True)
+    for kind in found:
+        if not kind.read:
+            what = kind.what or f"initialised with {reprlib.repr(init)}, which"
+            raise InputError(f"{name}: {what} is not supported; {kind.way_out}")
+    if init not in (True, False) and not any(kind.init for kind in found):
+        LOG.warning("%s: init_lora_weights is %r, unknown here; read as a plain LoRA", name, init)
+
+
+def check_tensor(key: str, file: Path) -> None:
+    """
+    Raises:
+        InputError: a tensor of this name belongs to something other than a LoRA of PEFT.
+    """
+    for kind in KINDS:
+        if kind.tensors and re.search(kind.tensors, key):
+            raise InputError(f"{file}: tensor {key} belongs to {kind.what}, which is not supported; {kind.way_out}")
+
+
+def _init(config: Mapping[str, Any]) -> str:
+    init = config.get("init_lora_weights")
+    return init.lower() if isinstance(init, str) else ""
