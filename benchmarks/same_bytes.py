@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,7 @@ def merges(folder: Path) -> dict[str, dict[str, str]]:
 def stock(config: dict, out: Path) -> dict[str, str]:
     result = tiny.merge(config, out)
     found = written(out) if result.exit_code == 0 else {"error": str(result.output or result.exception)[-300:]}
-    subprocess.run(["rm", "-rf", out], check=True)
+    shutil.rmtree(out, ignore_errors=True)
     return found
 
 
@@ -119,7 +120,8 @@ def examples(folder: Path) -> dict[str, dict[str, str]]:
         more = ["-I", folder / "parts"] if len(documents) > 1 else []
         error = run(command, recipe, *more, *([] if more and len(documents) == 1 else [folder / "example"]))
         found[recipe.stem] = {"error": error} if error else written(folder)
-        subprocess.run(["rm", "-rf", folder / "example", folder / "parts"], check=True)
+        for part in ("example", "parts"):
+            shutil.rmtree(folder / part, ignore_errors=True)
         print(recipe.stem, error or "", file=sys.stderr, flush=True)
     return found
 
@@ -129,14 +131,15 @@ def main() -> None:
     parser.add_argument("what", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        Path(work, "examples").mkdir()
-        found = merges(Path(work)) | examples(Path(work, "examples"))
+    # One place for all runs: random draws depend on the adapters' names, and configurations name the base.
+    work = Path(tempfile.gettempdir(), "mergekit_tspa-same-bytes")
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "examples").mkdir(parents=True)
+    found = merges(work) | examples(work / "examples")
     if args.what == "record":
-        args.file.write_text(json.dumps(found, indent=1).replace(work, "WORK"))
+        args.file.write_text(json.dumps(found, indent=1))
         return
     before = json.loads(args.file.read_text())
-    found = json.loads(json.dumps(found).replace(work, "WORK"))
     changed = [label for label in before.keys() | found.keys() if before.get(label) != found.get(label)]
     for label in sorted(changed):
         print(f"{label}: {before.get(label)} -> {found.get(label)}"[:400])

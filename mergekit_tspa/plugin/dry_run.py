@@ -32,7 +32,7 @@ from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin.adapter_output import adapter_file, make_planner, weight_ranges
 from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import PlannedRecipe
-from mergekit_tspa.plugin.recipe import faults, filters, sources
+from mergekit_tspa.plugin.recipe import complete, filters, sources
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 
 T = TypeVar("T")
@@ -77,7 +77,9 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
     problems = run.problems
     LoaderCache().setup(options=options)
     with _collected(run.warnings):
-        problems += dict.fromkeys(fault.message for fault in faults(config, options, stages))
+        config, faults = complete(config, options, stages)
+        run.config = config
+        problems += dict.fromkeys(fault.message for fault in faults)
         base = config.base_model
         given = sorted(stages & {model.model.path for model in config.referenced_models()})
         for stage in given:

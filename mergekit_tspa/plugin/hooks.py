@@ -72,11 +72,11 @@ def _complete_recipes(merge) -> None:
             _refuse_misspelt(config.merge_method)
             return original(config, options)
         from mergekit_tspa.plugin.architecture import fit_architecture
-        from mergekit_tspa.plugin.recipe import complete, complete_modules
+        from mergekit_tspa.plugin.recipe import adopt, adopt_modules
 
-        complete(config, options)
+        adopt(config, options)
         architecture = fit_architecture(original, config, options)
-        complete_modules(config, architecture)
+        adopt_modules(config, architecture)
         return architecture
 
     merge.get_architecture_info = get_architecture_info
@@ -163,9 +163,9 @@ def _plan_tasks(plan) -> None:
     @functools.wraps(in_memory)
     def plan_in_memory(self):
         if _ours(self.config.merge_method):  # mergekit-evolve comes here, not through `run_merge`
-            from mergekit_tspa.plugin.recipe import complete
+            from mergekit_tspa.plugin.recipe import adopt
 
-            complete(self.config, self.options)
+            adopt(self.config, self.options)
         return in_memory(self)
 
     plan.MergePlanner.plan_in_memory = plan_in_memory

@@ -5,7 +5,7 @@ import os
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -44,46 +44,56 @@ _PARTS = {
 Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
 
 
-def complete(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Check the recipe and complete it in place: bases of bare adapters, common base, base of every slice.
+class Completed(NamedTuple):
+    """A recipe with everything that its author may leave out, and what is wrong with it."""
+
+    config: MergeConfiguration
+    faults: list[InputError]
+
+
+def complete(config: MergeConfiguration, options: MergeOptions, absent: Set[str] = frozenset()) -> Completed:
+    """Complete a copy of a recipe: bases of bare adapters, common base, base of every slice, seed.
+
+    What is wrong: no adapters, adapters of different bases, an adapter listed twice, a full model of another
+    architecture, an unknown parameter or a value out of range.
+
+    Args:
+        absent: models that do not exist yet; what needs them stays as it is
+    """
+    config = config.model_copy(deep=True)
+    faults = [*_check_options(config, options)]
+    _take_seed(config, options)
+    flawed = [*_check_parameters(config, METHODS[config.merge_method])]
+    faults += flawed
+    for step in (_complete_adapters, _complete_base):
+        if found := [*step(config, options)]:
+            return Completed(config, [*faults, *found])
+    faults += _complete_sources(config, options, absent, parameters=not flawed)
+    for output_slice in _slices(config):
+        faults += _append_base(output_slice, config.base_model)
+    return Completed(config, faults)
+
+
+def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Complete a recipe that mergekit already holds, in place.
 
     Raises:
-        InputError: the first of its `faults`.
+        InputError: the first of its faults; the recipe is then as it was.
     """
-    for fault in faults(config, options):
-        raise fault
+    completed, faults = complete(config, options)
+    if faults:
+        raise faults[0]
+    for name in MergeConfiguration.model_fields:
+        setattr(config, name, getattr(completed, name))
 
 
-def complete_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
+def adopt_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
     """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not write them."""
     for name in architecture.modules if config.modules else ():
         if name in config.modules:
             continue
         LOG.info("module %s is not in the recipe: it is the base's", name)
         config.modules[name] = OutputModuleDefinition(models=[InputModelDefinition(model=config.base_model)])
-
-
-def faults(config: MergeConfiguration, options: MergeOptions, absent: Set[str] = frozenset()) -> Iterator[InputError]:
-    """What is wrong with the recipe, which is completed on the way.
-
-    No adapters, adapters of different bases, an adapter listed twice, a full model of another architecture, an unknown
-    parameter or a value out of range.
-
-    Args:
-        absent: models that do not exist yet; what needs them stays as it is
-    """
-    yield from _check_options(config, options)
-    _take_seed(config, options)
-    flawed = list(_check_parameters(config, METHODS[config.merge_method]))
-    yield from flawed
-    for step in (_complete_adapters(config, options), _complete_base(config)):
-        found = list(step)
-        yield from found
-        if found:
-            return
-    yield from _complete_sources(config, options, absent, parameters=not flawed)
-    for output_slice in _slices(config):
-        yield from _append_base(output_slice, config.base_model)
 
 
 def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
@@ -162,7 +172,7 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
     return base
 
 
-def _complete_base(config: MergeConfiguration) -> Iterator[InputError]:
+def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     adapters = [source.model for source in sources(config) if source.model.lora]
     base = config.base_model and _identity(config.base_model.model)
     if not adapters and (base is None or all(_identity(source.model.model) == base for source in sources(config))):
