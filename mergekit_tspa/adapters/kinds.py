@@ -10,7 +10,7 @@ table of docs/adapters.md go by it.  A new kind is one row of `KINDS`.  A kind t
         read=False,
         what="a NewLoRA adapter",
         way_out=MERGE_FIRST,
-        in_factors=False,
+        in_memory=False,
     ),
 
 One that starts as `init_lora_weights: "newinit"` and leaves the base alone is `Kind("NewInit", init="newinit",
@@ -60,11 +60,11 @@ class Kind:
     base_part: Callable[[Tensor, int, float], LoraFactors] | None = None  # (W, rank, scale) -> what it took out of W
 
     # In a PEFT model in memory.
-    in_factors: bool = True  # whether the factors are all there is to it, so that it may be merged there
+    in_memory: bool = True  # whether it may be merged there: there is nothing to it but its factors
     alters_base: bool = False  # whether training took a part out of the base, of which the user is then warned
 
 
-MLX = Kind("mlx-lm", flag="fine_tune_type", update="`scale (a b)^T`", label="mlx-lm")
+MLX = Kind("mlx-lm", flag="fine_tune_type", update="`scale (a b)^T`", label="mlx-lm", in_memory=False)
 
 # The order is that of labels and of refusals: the first kind that fits is the one named.
 KINDS = (
@@ -73,20 +73,20 @@ KINDS = (
         flag="use_dora",
         update="directions and magnitudes, see below",
         label="DoRA",
-        in_factors=False,
+        in_memory=False,
     ),
     Kind("rsLoRA", flag="use_rslora", update="`s B A` with `s = alpha / sqrt(r)`", label="rsLoRA"),
-    Kind("bias of `lora_B`", flag="lora_bias", update="`s` times it is added to the layer's bias", in_factors=False),
-    Kind("biases", flag="bias", update=_DIRECTLY, in_factors=False),
-    Kind("saved modules", flag="modules_to_save", update=_DIRECTLY, in_factors=False),
-    Kind("tokens", flag="trainable_token_indices", update="rows trained directly", in_factors=False),
-    Kind("fused experts", flag="target_parameters", update="`s B_e A_e` for each expert `e`", in_factors=False),
+    Kind("bias of `lora_B`", flag="lora_bias", update="`s` times it is added to the layer's bias", in_memory=False),
+    Kind("biases", flag="bias", update=_DIRECTLY, in_memory=False),
+    Kind("saved modules", flag="modules_to_save", update=_DIRECTLY, in_memory=False),
+    Kind("tokens", flag="trainable_token_indices", update="rows trained directly", in_memory=False),
+    Kind("fused experts", flag="target_parameters", update="`s B_e A_e` for each expert `e`", in_memory=False),
     Kind(
         "BD-LoRA",
         flag="use_bdlora",
         update="`s B A`, the compact factor expanded to its block diagonal",
         label="BD-LoRA",
-        in_factors=False,
+        in_memory=False,
     ),
     MLX,
     Kind("VeLoRA", flag="velora_config", update=PLAIN, training_only=r"\.lora_velora_embed(\.|$)"),
@@ -97,7 +97,7 @@ KINDS = (
         read=False,
         what="a QALoRA adapter",
         way_out="it pools its inputs and cannot be merged into a tensor",
-        in_factors=False,
+        in_memory=False,
     ),
     Kind(
         "aLoRA",
@@ -105,7 +105,7 @@ KINDS = (
         read=False,
         what="an activated LoRA (aLoRA)",
         way_out="it acts on some tokens only and cannot be merged",
-        in_factors=False,
+        in_memory=False,
     ),
     Kind(
         "Arrow",
@@ -113,7 +113,7 @@ KINDS = (
         read=False,
         what="an Arrow router",
         way_out="it picks adapters per token and cannot be merged",
-        in_factors=False,
+        in_memory=False,
     ),
     Kind(
         "KaSA",
@@ -122,7 +122,7 @@ KINDS = (
         read=False,
         what="a KaSA adapter",
         way_out=MERGE_FIRST,
-        in_factors=False,
+        in_memory=False,
         alters_base=True,
     ),
     Kind(
@@ -131,7 +131,7 @@ KINDS = (
         read=False,
         what="an adapter with layer_replication",
         way_out="its base has other layers; build that base first",
-        in_factors=False,
+        in_memory=False,
     ),
     Kind("gaussian or orthogonal start", init="gaussian|orthogonal", update=PLAIN),
     Kind("EVA", init="eva", update=PLAIN),
@@ -157,18 +157,28 @@ KINDS = (
     Kind("CorDA", init="corda.*", read=False, way_out=_CONVERT, alters_base=True),
     Kind("LoftQ", init="loftq.*", read=False, way_out=_CONVERT, alters_base=True),
     Kind("LoRA-GA", init="lora_ga.*", read=False, way_out=_CONVERT, alters_base=True),
-    Kind("LoHa", tensors=r"\.hada_w", read=False, what="a LoHa adapter", way_out=MERGE_FIRST),
-    Kind("LoKr", tensors=r"\.lokr_w", read=False, what="a LoKr adapter", way_out=MERGE_FIRST),
-    Kind("IA3", tensors=r"\.ia3_l", read=False, what="an IA3 adapter", way_out=MERGE_FIRST),
-    Kind("VeRA", tensors=r"\.vera_lambda", read=False, what="a VeRA adapter", way_out=MERGE_FIRST),
-    Kind("AdaLoRA", tensors=r"\.lora_E$|\.ranknum$", read=False, what="an AdaLoRA adapter", way_out=MERGE_FIRST),
-    Kind("OFT, BOFT", tensors=r"\.(oft|boft)_", read=False, what="an OFT adapter", way_out=MERGE_FIRST),
+    Kind("LoHa", tensors=r"\.hada_w", read=False, what="a LoHa adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind("LoKr", tensors=r"\.lokr_w", read=False, what="a LoKr adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind("IA3", tensors=r"\.ia3_l", read=False, what="an IA3 adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind("VeRA", tensors=r"\.vera_lambda", read=False, what="a VeRA adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind(
+        "AdaLoRA",
+        tensors=r"\.lora_E$|\.ranknum$",
+        read=False,
+        what="an AdaLoRA adapter",
+        way_out=MERGE_FIRST,
+        in_memory=False,
+    ),
+    Kind(
+        "OFT, BOFT", tensors=r"\.(oft|boft)_", read=False, what="an OFT adapter", way_out=MERGE_FIRST, in_memory=False
+    ),
     Kind(
         "kohya's format",
         tensors=r"\.lora_(down|up)\.|^lora_(unet|te)",
         read=False,
         what="a kohya-style adapter",
         way_out="convert it to the PEFT format",
+        in_memory=False,
     ),
     Kind(
         "mlx-lm without its configuration",
@@ -176,8 +186,11 @@ KINDS = (
         read=False,
         what="an mlx-lm adapter",
         way_out="put it beside the adapter_config.json that mlx-lm wrote",
+        in_memory=False,
     ),
-    Kind("any other", tensors=r"\.lora_", read=False, what="no known kind of LoRA", way_out=MERGE_FIRST),
+    Kind(
+        "any other", tensors=r"\.lora_", read=False, what="no known kind of LoRA", way_out=MERGE_FIRST, in_memory=False
+    ),
 )
 
 

@@ -99,7 +99,7 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
         raise InputError(f"{name!r} cannot name an adapter: it must not be empty or contain a dot")
     for adapter in adapters:
         kinds = kinds_of(vars(loaded[adapter]))
-        more = [kind.flag for kind in kinds if not kind.in_factors]
+        more = [kind.flag for kind in kinds if not kind.in_memory]
         if more:
             raise InputError(
                 f"adapter {adapter!r} has {' and '.join(more)}, which a merge of LoRA factors would lose; save it and "
