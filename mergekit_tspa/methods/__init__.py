@@ -9,17 +9,15 @@ from mergekit_tspa.methods.rotation import rotation_method
 from mergekit_tspa.methods.svd_cur import svd_cur_method
 from mergekit_tspa.methods.tspa import TSPA_METHODS
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        *TSPA_METHODS,
-        svd_cur_method,
-        *ROBUSTMERGE_METHODS,
-        lora_lego_method,
-        rotation_method,
-        factor_linear_method,
-        *SPACE_RULE_METHODS,
-    )
-}
+ROWS: tuple[Method, ...] = (
+    *TSPA_METHODS,
+    svd_cur_method,
+    *ROBUSTMERGE_METHODS,
+    lora_lego_method,
+    rotation_method,
+    factor_linear_method,
+    *SPACE_RULE_METHODS,
+)
+METHODS: dict[str, Method] = {method.name: method for method in ROWS}
 
 __all__ = ["METHODS", "Method"]
