@@ -8,10 +8,10 @@ from pydantic.fields import FieldInfo
 
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.compose import FACTOR_RULES, SPACES
 from mergekit_tspa.methods.inputs import OneByOneParameters, Parameters
 from mergekit_tspa.methods.method import Method
-from mergekit_tspa.methods.rules import RULES
+from mergekit_tspa.methods.rules import RULES, Rule
+from mergekit_tspa.methods.spaces import SPACES, Space
 
 _COMMON = {(field.description, field.default) for field in OneByOneParameters.model_fields.values()}
 
@@ -26,8 +26,7 @@ class Section(NamedTuple):
 
 def sections() -> list[Section]:
     """Methods of their own, then the rules and the spaces that make the other ones."""
-    combined = {f"{space.name}_{rule.name}" for space in SPACES for rule in RULES}
-    combined |= {f"factor_{name}" for name in FACTOR_RULES}
+    combined = {f"{space.name}_{rule.name}" for space in SPACES for rule in RULES if space.takes(rule)}
     own = [method for name, method in METHODS.items() if name not in combined]
     return [
         Section(
@@ -38,39 +37,12 @@ def sections() -> list[Section]:
         Section(
             "A rule in a space, `<space>_<rule>`: the rules",
             ("rule", "what it does with the updates", "spaces", "own parameters", "paper"),
-            [
-                (
-                    f"`_{rule.name}`",
-                    rule.summary,
-                    "all" if rule.name in FACTOR_RULES else "all but `factor_`",
-                    _parameters(rule.parameters),
-                    _paper(rule.paper, rule.url),
-                )
-                for rule in RULES
-            ],
+            [_rule_row(rule) for rule in RULES],
         ),
         Section(
             "The spaces",
             ("space", "where the updates are compared", "rank of the result", "own parameters", "paper"),
-            [
-                (
-                    f"`{space.name}_`",
-                    space.summary,
-                    space.result.label,
-                    _parameters(space.parameters),
-                    _paper(space.paper, space.url) if space.paper else "-",
-                )
-                for space in SPACES
-            ]
-            + [
-                (
-                    "`factor_`",
-                    "all `B` and all `A` apart, as PEFT does; contains cross terms `B_t A_u`; equal ranks",
-                    "largest rank",
-                    "`convention` peft, no `scope`",
-                    _paper("PEFT", "https://huggingface.co/docs/peft/developer_guides/model_merging"),
-                )
-            ],
+            [_space_row(space) for space in SPACES],
         ),
     ]
 
@@ -159,15 +131,44 @@ def _method_row(method: Method) -> tuple[str, ...]:
     )
 
 
+def _rule_row(rule: Rule) -> tuple[str, ...]:
+    refused = [f"`{space.name}_`" for space in SPACES if not space.takes(rule)]
+    whole = METHODS[f"{SPACES[0].name}_{rule.name}"]  # the full space, which has no parameters of its own
+    return (
+        f"`_{rule.name}`",
+        rule.summary,
+        f"all but {', '.join(refused)}" if refused else "all",
+        _parameters(whole.parameters),
+        _paper(rule.paper, rule.url),
+    )
+
+
+def _space_row(space: Space) -> tuple[str, ...]:
+    fields = _fields(space.parameters)
+    fields += [f"`{name}` {default}" for name, default in space.defaults.items()]
+    fields += [] if space.scoped else ["no `scope`"]
+    return (
+        f"`{space.name}_`",
+        space.summary,
+        space.result.label,
+        ", ".join(fields) or "-",
+        _paper(space.paper, space.url) if space.paper else "-",
+    )
+
+
 def _needs(method: Method) -> str:
     needs = (("base weights", method.attention), ("equal ranks", method.equal_ranks))
     return ", ".join(what for what, needed in needs if needed) or "-"
 
 
 def _parameters(parameters: type[Parameters]) -> str:
+    return ", ".join(_fields(parameters)) or "-"
+
+
+def _fields(parameters: type[Parameters]) -> list[str]:
     """Names with defaults and ranges, without those that every method has in the same sense."""
     fields = {n: f for n, f in parameters.model_fields.items() if (f.description, f.default) not in _COMMON}
-    return ", ".join(f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()) or "-"
+    return [f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()]
 
 
 def _paper(paper: str, url: str) -> str:

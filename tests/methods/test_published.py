@@ -9,10 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_tspa import LoraFactors, merge_adapters
+from mergekit_tspa.rules.dare import dare_linear, dare_ties
 from mergekit_tspa.rules.linear import weighted_sum
-from mergekit_tspa.rules.sparsify import drop
 from mergekit_tspa.rules.spectral import iso, tsv
-from mergekit_tspa.rules.ties import elect_and_merge
 from mergekit_tspa.spaces.basis import FULL
 from mergekit_tspa.spaces.core import core
 from mergekit_tspa.spaces.knots import knots
@@ -142,7 +141,8 @@ def test_dare_with_the_published_draws(case):
     for layer in LAYERS:
         kept = torch.stack([outputs[f"aux.{layer}.keep{t}"] for t in range(4)])
         M = torch.stack([f.dense() for f in factors(case, layer)])
-        merged = drop(M, 0.5, (~kept).float()).sum(0)  # a draw of 0 keeps an entry, a draw of 1 does not
+        uniform = (~kept).float()  # a draw of 0 keeps an entry, a draw of 1 does not
+        merged = dare_linear(M, torch.ones(4), 0.5, uniform=uniform)
         assert relative_error(merged, outputs[f"out.{layer}.delta"]) < ELEMENTWISE
 
 
@@ -156,7 +156,7 @@ def test_knots_dare_ties_with_the_published_draws(case):
         signs = (basis.U.float() * outputs[f"out.{layer}.U"]).sum(0).sign()
         basis = basis._replace(U=basis.U * signs)
         M = torch.stack([f.dense() for f in basis.encode(factors(case, layer))]).float()
-        merged = 0.7 * elect_and_merge(drop(M, 0.9, (~kept).float()), torch.ones(4))
+        merged = 0.7 * dare_ties(M, torch.ones(4), 0.9, uniform=(~kept).float())
         assert relative_error(basis.decode(merged).dense(), outputs[f"out.{layer}.delta"]) < WITH_SVD
 
 
@@ -189,6 +189,18 @@ def test_ties_then_iso_in_core_space():
         assert relative_error(flat, on_range * 32 / rank) < WITH_SVD
 
 
+def signs_are_certain(given):
+    """Whether no update, and no sum of them, is so near to 0 that rounding in float32 could turn its sign.
+
+    A product of rank r is off by `r 2^-24 |B| |A|` at most, in whatever order a processor sums it.
+    """
+    unit = 2.0**-24
+    M = torch.stack([f.dense() for f in given])
+    bound = torch.stack([f.rank * unit * (f.B.abs() @ f.A.abs()) for f in given])
+    of_sum = bound.sum(0) + len(M) * unit * M.abs().sum(0)
+    return bool((M.abs() > bound).all() and (M.sum(0).abs() > of_sum).all())
+
+
 @pytest.mark.parametrize("case", ["hom8", "het"])
 def test_emr_masks_and_scales(case):
     """The authors' scale is a ratio of sums over tensors, so it is the same for all of them."""
@@ -205,6 +217,7 @@ def test_emr_masks_and_scales(case):
     scales = torch.stack([survey[name][0] for name in names])
     assert relative_error(scales, outputs["out.rescalers"]) < ELEMENTWISE
     for w in inputs:
+        assert signs_are_certain(factors(case, w.name, torch.float64))  # so masks can be compared bit by bit
         record = method.record(w._replace(survey=survey))
         for t in range(4):
             mask = outputs[f"out.{w.name}.mask{t}"].bool()

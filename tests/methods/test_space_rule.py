@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_tspa import METHODS, InputError, LoraFactors, merge_adapters
 from mergekit_tspa.commands.main import main
-from mergekit_tspa.methods import compose as space_rule
-from mergekit_tspa.methods import rules
+from mergekit_tspa.methods.rules import RULES
+from mergekit_tspa.methods.spaces import FACTOR_SPACE, UPDATE_SPACES
+from mergekit_tspa.rules import stream
 from tests.conftest import merge, recipe, relative_error, run, save_adapter
 
 LOSSLESS = ("lora", "knots", "core")
-COMBINATIONS = [f"{space.name}_{rule.name}" for space in space_rule.SPACES for rule in rules.RULES]
-FACTOR = [f"factor_{name}" for name in space_rule.FACTOR_RULES]
+COMBINATIONS = [f"{space.name}_{rule.name}" for space in UPDATE_SPACES for rule in RULES]
+FACTOR = [f"factor_{rule.name}" for rule in RULES if FACTOR_SPACE.takes(rule)]
 
 
 def draw(ranks, seed=0, d_out=20, d_in=14):
@@ -29,6 +30,7 @@ def dense(method, adapters, weights=None, **parameters):
 
 def test_every_combination_is_a_method():
     assert {*COMBINATIONS, *FACTOR} <= METHODS.keys()
+    assert FACTOR == ["factor_ties", "factor_magnitude_prune", "factor_dare_linear", "factor_dare_ties"]
 
 
 @pytest.mark.parametrize("method", [*COMBINATIONS, *FACTOR])
@@ -92,12 +94,33 @@ def test_output_rank_is_the_promised_one(method):
         assert merge_adapters(method, draw([3, 4]), rank=2)["m"].rank <= 2
 
 
+def whole_numbers(ranks):
+    """Adapters whose updates are whole numbers, exact in float32 in whatever order their products are summed."""
+    return [{"m": LoraFactors(a["m"].B.round(), a["m"].A.round())} for a in draw(ranks)]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7])
 @pytest.mark.parametrize("method", ["lora_ties", "lora_pcb", "knots_ties", "lora_emr", "lora_breadcrumbs"])
-def test_blocks_change_nothing(method, monkeypatch):
-    adapters = draw([3, 4, 2])
+def test_blocks_change_nothing(method, rows, monkeypatch):
+    """Many entries are equal to a threshold.  PCB's tanh and exp, and the coordinates of KnOTS, are rounded."""
+    exact = method in ("lora_ties", "lora_emr", "lora_breadcrumbs")
+    adapters = draw([3, 4, 2]) if method == "knots_ties" else whole_numbers([3, 4, 2])
     whole = dense(method, adapters)
-    monkeypatch.setitem(rules.BLOCK, "cpu", 3 * 14)
-    assert torch.equal(dense(method, adapters), whole)
+    monkeypatch.setitem(stream.BLOCK, "cpu", rows * 14)
+    blocks = dense(method, adapters)
+    assert torch.equal(blocks, whole) if exact else relative_error(blocks, whole) < 1e-5
+
+
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_an_entry_at_a_threshold_is_kept_whatever_the_blocks(rows, scope, monkeypatch):
+    """Products round by the shape of their block; the pass that counts and the pass that merges see the same."""
+    monkeypatch.setitem(stream.BLOCK, "cpu", rows * 14)
+    for seed in range(10):
+        (adapter,) = draw([9], seed)
+        for density in (0.1, 0.5, 0.77):
+            merged = dense("lora_magnitude_prune", [adapter], density=density, scope=scope)
+            assert (merged != 0).sum() == int(density * 280) + 1
 
 
 @pytest.mark.parametrize("method", ["lora_dare_linear", "core_dare_ties", "knots_della", "factor_dare_linear"])
