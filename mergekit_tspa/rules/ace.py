@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 
 
 def ace(
