@@ -206,14 +206,14 @@ def test_a_merge_is_that_of_peft_as_a_model_and_as_an_adapter(case, tmp_path, ca
     wanted = load_model(case.base)
     before = outputs(wanted)
     wanted.load_state_dict(case.target)
-    assert relative_error(outputs(model), outputs(wanted)) < 1e-5 < relative_error(before, outputs(wanted))
+    assert relative_error(outputs(model), outputs(wanted)) < 1e-4 < 0.01 < relative_error(before, outputs(wanted))
 
     if case.architecture.no_adapter:
         assert "no adapter is written beside the model" in caplog.text and case.architecture.no_adapter in caplog.text
         assert not (tmp_path / "out/adapter").exists()
         return
     adapted = PeftModel.from_pretrained(load_model(case.base), tmp_path / "out/adapter")
-    assert relative_error(outputs(adapted), outputs(model)) < 1e-5
+    assert relative_error(outputs(adapted), outputs(model)) < 1e-4
     for name, tensor in adapted.merge_and_unload().state_dict().items():
         assert relative_error(tensor, got[name]) < 1e-5, name
 
@@ -262,7 +262,7 @@ MISFITS = ["Gemma 3, images", "GPT-NeoX", "BERT", "BERT, masked words", "RoBERTa
 
 @pytest.mark.parametrize("case", MISFITS, indirect=True)
 def test_mergekit_itself_fails_on_these(case, tmp_path):
-    """When it does not any more, `graph/architecture.py` can go."""
+    """When it does not any more, `plugin/architecture.py` can go."""
     other = shutil.copytree(case.base, tmp_path / "other")
     models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in (case.base, other)]
     result = merge({"merge_method": "linear", "models": models}, tmp_path / "out")

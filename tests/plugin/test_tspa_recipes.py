@@ -189,8 +189,10 @@ def test_progress_says_what_is_solved_and_how_far(llama, three):
     assert stages == ["query-key alignment", "value-output alignment", "LoRA alignment"]
     for stage in stages:
         done, left = zip(*(numbers for name, *numbers in said if name == stage))
-        assert done[0] == 0 and done[-1] == 1  # in between again, as weights of other ranks are another batch
-        assert left[0] == 1 and 0 < left[-1] < 1
+        assert done[0] == 0 and done[-1] == 1  # in between again, as tensors of other ranks are another batch
+        # Batches of tensors that one adapter touches have nothing to gain: they stay at 1, but for rounding.
+        assert left[0] == pytest.approx(1) and min(left) < 0.9
+        assert all(0 < part <= 1 + 1e-6 for part in left)
     with Bar(quiet=False) as bar:
         bar.update("LoRA alignment", 0.5, 0.25)
         assert "LoRA alignment:  50%" in str(bar.bar) and "0.25 of the objective left" in str(bar.bar)
