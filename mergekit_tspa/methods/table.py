@@ -1,6 +1,5 @@
 """The method table as text: what `mergekit-tspa methods` and the README show."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -82,11 +81,6 @@ def markdown() -> str:
         lines = [f"**{title}**", "", _line(columns), "|" + "---|" * len(columns), *map(_line, rows)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
-
-
-def plain(cell: str) -> str:
-    """A cell without its Markdown."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "")
 
 
 def find(name: str) -> Method:
