@@ -325,8 +325,8 @@ def _aligned_objective(
     def objective(point: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients = problem.weights[:, :, None] * scales(log_s)
         S, pull = rotation.merge(point, coefficients)
-        loss, *d_S = merged(*S.flatten(0, 1).split([rx, ry], dim=1))
-        d_S = torch.cat(d_S, dim=1).view(S.shape)  # (L, G, k, d)
+        loss, *d_parts = merged(*S.flatten(0, 1).split([rx, ry], dim=1))
+        d_S = torch.cat(d_parts, dim=1).view(S.shape)  # (L, G, k, d)
         d_log_s = torch.zeros_like(log_s)
         if any_free:
             per_row = (d_S[:, :, None] * rotation.apply(point)).sum((1, 4))  # (L, n, k)

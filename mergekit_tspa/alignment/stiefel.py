@@ -6,7 +6,7 @@ sin)``, when ``k = 1`` and ``d = 2``. Rows rather than columns, because these ar
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # point, log_s -> loss, gradients
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # both and their gradients -> both
+Results = TypeVar("Results", bound=tuple[Any, ...])
 
 
 class Solution(NamedTuple):
@@ -131,10 +132,11 @@ def leave_saddle(point: Tensor, similarity: Tensor, seed: int | None, size: floa
     return torch.where(_align(coincide, point), moved, point)
 
 
-def in_parts(solve: Callable[[slice], tuple], problems: int, size: int) -> tuple:
+def in_parts(solve: Callable[[slice], Results], problems: int, size: int) -> Results:
     """Concatenate the results of ``solve`` on slices of at most ``size`` problems."""
     parts = [solve(slice(i, i + size)) for i in range(0, problems, size)]
-    return _concatenate(parts)
+    whole: Results = _concatenate(parts)
+    return whole
 
 
 def part_size(numbers: int, like: Tensor) -> int:
@@ -143,7 +145,7 @@ def part_size(numbers: int, like: Tensor) -> int:
     return max(1, budget // max(1, numbers * like.element_size()))
 
 
-def _concatenate(parts):
+def _concatenate(parts: Any) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     fields = [_concatenate(field) for field in zip(*parts)]
@@ -210,7 +212,7 @@ def _geoopt(point: Tensor, log_s: Tensor, lr: float) -> Step:
     """The same step by geoopt, whose Stiefel matrices have orthonormal columns."""
     import geoopt
 
-    class Rotated(geoopt.EuclideanStiefel):
+    class Rotated(geoopt.EuclideanStiefel):  # type: ignore[misc]  # geoopt has no types
         """Columns ``P = R^T Q`` moved by a rotation, with the length of that rotation as metric."""
 
         def egrad2rgrad(self, P: Tensor, D: Tensor) -> Tensor:
