@@ -10,7 +10,13 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.attention import SideGrams, input_side, output_side, query_side, side_grams
-from mergekit_tspa.base.geometry import KNOWN_LAYOUTS, AttentionGeometry, attention_blocks, attention_role, in_attention
+from mergekit_tspa.base.geometry import (
+    KNOWN_LAYOUTS,
+    AttentionGeometry,
+    attention_blocks,
+    attention_role,
+    in_attention,
+)
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.methods.inputs import PairPlan, PairSide
@@ -58,7 +64,9 @@ def plan_pairs(
                 raise InputError(_unknown(adapted[0]))
             if adapted:
                 owner = planned.get(roles[leading]) or planned[roles[y if leading == x else x]]
-                yield _plan_pair(f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, shapes, geometry)
+                yield _plan_pair(
+                    f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, shapes, geometry
+                )
 
 
 def _plan_pair(name, weight_x, weight_y, roles, owner, planned, shapes, geometry) -> PairPlan:
@@ -76,12 +84,21 @@ def _plan_pair(name, weight_x, weight_y, roles, owner, planned, shapes, geometry
         )
 
     pair = PairPlan(
-        name, *map(side, roles, (weight_x, weight_y)), (*adapters,), (*adapters.values(),), geometry, owner.parameters
+        name,
+        *map(side, roles, (weight_x, weight_y)),
+        (*adapters,),
+        (*adapters.values(),),
+        geometry,
+        owner.parameters,
     )
     if roles[0] == "q" and getattr(pair.parameters, "rope_safe", False) and geometry.rotary_dim is None:
-        raise InputError(f"{name}: rope_safe is not known for this model's interleaved rotary embedding; leave it out")
+        raise InputError(
+            f"{name}: rope_safe is not known for this model's interleaved rotary embedding; leave it out"
+        )
     if pair.reads_input and geometry.fused:
-        raise InputError(f"{name}: align_space: input cannot be written back to the fused {weight_x}; use head")
+        raise InputError(
+            f"{name}: align_space: input cannot be written back to the fused {weight_x}; use head"
+        )
     return pair
 
 

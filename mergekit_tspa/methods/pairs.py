@@ -40,7 +40,9 @@ def align_pairs(
         what = f"{'query-key' if role == 'q' else 'value-output'} alignment"
         names = [pair.plan.name for pair in batch]
         try:
-            inner_x, inner_y, solution = _solve(batch, lambda done, left, what=what: progress(what, done, left))
+            inner_x, inner_y, solution = _solve(
+                batch, lambda done, left, what=what: progress(what, done, left)
+            )
         except FloatingPointError as error:
             culprit = batch[error.args[1]].plan
             raise InputError(
@@ -54,7 +56,9 @@ def align_pairs(
     return list(aligned.values()), reports
 
 
-def _solve(batch: Sequence[Pair], progress: Callable[[float, float], None]) -> tuple[Tensor, Tensor, Solution]:
+def _solve(
+    batch: Sequence[Pair], progress: Callable[[float, float], None]
+) -> tuple[Tensor, Tensor, Solution]:
     plan = batch[0].plan
     p = plan.parameters
     common = {
@@ -65,7 +69,10 @@ def _solve(batch: Sequence[Pair], progress: Callable[[float, float], None]) -> t
         "solver": p.solver,
         "on_progress": progress,
     }
-    sides = [[SideGrams(*(t.double() for t in side)) for side in sides] for sides in zip(*((b.x, b.y) for b in batch))]
+    sides = [
+        [SideGrams(*(t.double() for t in side)) for side in sides]
+        for sides in zip(*((b.x, b.y) for b in batch))
+    ]
     if not hasattr(p, "align_space"):  # the pairwise original
         return align_pairwise(*sides, **common)
     weights = sides[0][0].K.new_tensor([pair.plan.weights for pair in batch])
@@ -89,5 +96,7 @@ def _write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str
             f = LoraFactors(f.B, inner_to_A(S)[: f.rank].to(f.A))
         else:
             part = inner_to_B(S)[:, : f.rank].to(f.B)
-            f = LoraFactors(f.B.index_copy(0, g.rows(side.role).to(f.B.device), part) if g.fused else part, f.A)
+            f = LoraFactors(
+                f.B.index_copy(0, g.rows(side.role).to(f.B.device), part) if g.fused else part, f.A
+            )
         inputs.factors[index] = oriented(g, f)

@@ -24,7 +24,9 @@ class Density(OneByOneParameters):
 
 class Election(OneByOneParameters):
     normalize: bool = Field(True, description="divide by the summed weights of the adapters that agree")
-    elect: Literal["mass", "count"] = Field("mass", description="elect the sign of the sum, or of the sum of signs")
+    elect: Literal["mass", "count"] = Field(
+        "mass", description="elect the sign of the sum, or of the sum of signs"
+    )
     take: Literal["mean", "max"] = Field("mean", description="combine what agrees, or take the largest entry")
 
 
@@ -36,7 +38,8 @@ class Random(OneByOneParameters):
 
 class TrimParameters(Density):
     convention: Literal["paper", "peft", "mergekit"] = Field(
-        "paper", description="which code to follow where they differ: entries a trim keeps, when weights come in"
+        "paper",
+        description="which code to follow where they differ: entries a trim keeps, when weights come in",
     )
 
 
@@ -64,7 +67,9 @@ class BreadcrumbsParameters(OneByOneParameters):
 
 
 class TsvParameters(OneByOneParameters):
-    rank_per_task: int | None = Field(None, ge=1, description="triplets kept per adapter; by default an equal share")
+    rank_per_task: int | None = Field(
+        None, ge=1, description="triplets kept per adapter; by default an equal share"
+    )
     orthogonalize: bool = Field(True, description="make the kept vectors orthogonal across adapters")
 
 
@@ -75,7 +80,9 @@ class IsoParameters(OneByOneParameters):
 
 
 class CartParameters(OneByOneParameters):
-    share: float = Field(0.04, gt=0, le=1, description="share of the directions of each distance from the mean")
+    share: float = Field(
+        0.04, gt=0, le=1, description="share of the directions of each distance from the mean"
+    )
     inner: float = Field(0.1, allow_inf_nan=False, description="factor on those distances")
 
 

@@ -19,14 +19,20 @@ from mergekit_tspa.updates import LoraFactors
 
 
 class CoreParameters(Parameters):
-    balance: bool = Field(False, description="write every adapter with the singular factors of its update first")
+    balance: bool = Field(
+        False, description="write every adapter with the singular factors of its update first"
+    )
 
 
 class CtmParameters(Parameters):
     rank: int | None = Field(
-        None, ge=1, description="rank of the shared subspaces and of the result; by default the largest of an adapter"
+        None,
+        ge=1,
+        description="rank of the shared subspaces and of the result; by default the largest of an adapter",
     )
-    beta: float = Field(0.0, ge=0, le=1, description="0: all adapters count alike in the subspaces; 1: by their norm")
+    beta: float = Field(
+        0.0, ge=0, le=1, description="0: all adapters count alike in the subspaces; 1: by their norm"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The method table as text: what `mergekit-tspa methods` and the README show."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -56,11 +55,6 @@ def markdown() -> str:
     return "\n\n".join(parts)
 
 
-def plain(cell: str) -> str:
-    """A cell without its Markdown."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "")
-
-
 def find(name: str) -> Method:
     """
     Raises:
@@ -68,7 +62,9 @@ def find(name: str) -> Method:
     """
     if name not in METHODS:
         near = nearest(name, METHODS, n=3)
-        raise InputError(f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else ""))
+        raise InputError(
+            f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else "")
+        )
     return METHODS[name]
 
 
@@ -79,7 +75,12 @@ def about(name: str) -> str:
         InputError: there is none of that name.
     """
     method = find(name)
-    lines = [f"**{method.name}**: {method.title}", "", f"{method.summary}. {_paper(method.paper, method.url)}", ""]
+    lines = [
+        f"**{method.name}**: {method.title}",
+        "",
+        f"{method.summary}. {_paper(method.paper, method.url)}",
+        "",
+    ]
     lines += [f"- needs: {_needs(method)}", f"- rank of the result: {method.result.label}"]
     lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
     lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
@@ -112,7 +113,9 @@ def describe(field: FieldInfo) -> str:
     text = "none" if field.default is None else str(field.default).lower()
     if get_origin(field.annotation) is Literal:
         return " or ".join([text, *(str(v) for v in get_args(field.annotation) if v != field.default)])
-    limits = {key: getattr(b, key) for b in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(b, key)}
+    limits = {
+        key: getattr(b, key) for b in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(b, key)
+    }
     low = f"[{limits['ge']:g}" if "ge" in limits else f"({limits['gt']:g}" if "gt" in limits else None
     high = f"{limits['le']:g}]" if "le" in limits else f"{limits['lt']:g})" if "lt" in limits else None
     if low and high and max(limits.values()) < 1e5:

@@ -26,11 +26,18 @@ _RATE = {"gt": 0, "le": 1, "allow_inf_nan": False}
 
 
 class SolverParameters(Parameters):
-    seed: int = Field(42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need")
-    tolerance: float = Field(
-        0.0, ge=0, lt=1, description="stop when 20 steps lower the objective by less than this fraction; 0: never"
+    seed: int = Field(
+        42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need"
     )
-    solver: Literal["amsgrad", "geoopt"] = Field("amsgrad", description="own fast step, or geoopt's as the reference")
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="stop when 20 steps lower the objective by less than this fraction; 0: never",
+    )
+    solver: Literal["amsgrad", "geoopt"] = Field(
+        "amsgrad", description="own fast step, or geoopt's as the reference"
+    )
 
 
 class LoraParameters(SolverParameters):
@@ -125,7 +132,9 @@ def align_tensors(
                 f"{culprit.name}: the loss of LoRA alignment is not finite; "
                 f"adapters {', '.join(adapter.name for adapter in culprit.adapters)}"
             ) from error
-        reports.append(Report.of("LoRA alignment", names, [inputs[i].adapters for i in batch], solution, axis=1))
+        reports.append(
+            Report.of("LoRA alignment", names, [inputs[i].adapters for i in batch], solution, axis=1)
+        )
         for i, (B, A), a, R_i, s_i in zip(batch, stacked, weights, R, s):
             merged[i] = LowRank(*sum_aligned(B, A, a, R_i, s_i).scaled(inputs[i].parameters.lambda_))
     return [merged[i] for i in range(len(inputs))], reports

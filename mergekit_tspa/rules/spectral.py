@@ -105,7 +105,9 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | No
     return merged
 
 
-def cart(M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1, room: int | None = None) -> Tensor:
+def cart(
+    M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1, room: int | None = None
+) -> Tensor:
     """The mean and, cut to their leading directions, the tasks' distances from it.
 
     `mu + c sum_t svd_j(M_t - mu)`, `mu = sum_t a_t M_t / sum_t |a_t|`, `j = ceil(share * directions)`.

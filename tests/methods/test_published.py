@@ -34,9 +34,9 @@ def adapters(case: str, scaling=(1.0,) * 4, dtype=torch.float32) -> list[dict]:
     tensors = load_file(FIXTURES / f"inputs.{case}.safetensors")
     return [
         {
-            layer: LoraFactors(tensors[f"in.{layer}.{t}.B"].to(dtype), tensors[f"in.{layer}.{t}.A"].to(dtype)).scaled(
-                scaling[t]
-            )
+            layer: LoraFactors(
+                tensors[f"in.{layer}.{t}.B"].to(dtype), tensors[f"in.{layer}.{t}.A"].to(dtype)
+            ).scaled(scaling[t])
             for layer in LAYERS
         }
         for t in range(4)
@@ -51,7 +51,9 @@ def published_deltas(name: str):
     """Inputs and outputs of a file that has one update per layer: `{layer: [factors]}`, `{layer: delta}`."""
     outputs, _ = published(name)
     case = name.rsplit(".", 1)[1]
-    return {layer: factors(case, layer) for layer in LAYERS}, {layer: outputs[f"out.{layer}.delta"] for layer in LAYERS}
+    return {layer: factors(case, layer) for layer in LAYERS}, {
+        layer: outputs[f"out.{layer}.delta"] for layer in LAYERS
+    }
 
 
 PCB = {"variant": "v1", "clamp": 1e-4}
@@ -84,8 +86,18 @@ CASES = [  # file, method, parameters, tolerance
     ("peft_linear_negw.hom8", "factor_linear", {"weights": SIGNED}, ELEMENTWISE),
     ("peft_ties_d0.2.hom8", "factor_ties", {"weights": WEIGHTS}, ELEMENTWISE),
     ("peft_ties_d0.2_negw.hom8", "factor_ties", {"weights": SIGNED}, ELEMENTWISE),
-    ("peft_ties_d0.5_freq.hom8", "factor_ties", {"weights": WEIGHTS, "density": 0.5, "elect": "count"}, ELEMENTWISE),
-    ("peft_magnitude_prune_d0.5.hom8", "factor_magnitude_prune", {"weights": WEIGHTS, "density": 0.5}, ELEMENTWISE),
+    (
+        "peft_ties_d0.5_freq.hom8",
+        "factor_ties",
+        {"weights": WEIGHTS, "density": 0.5, "elect": "count"},
+        ELEMENTWISE,
+    ),
+    (
+        "peft_magnitude_prune_d0.5.hom8",
+        "factor_magnitude_prune",
+        {"weights": WEIGHTS, "density": 0.5},
+        ELEMENTWISE,
+    ),
     ("peft_svd.hom8", "lora_task_arithmetic", {"weights": WEIGHTS, "rank": 8}, WITH_SVD),
     ("peft_svd.het", "lora_task_arithmetic", {"weights": WEIGHTS, "rank": 16}, WITH_SVD),
     ("peft_svd_negw.hom8", "lora_task_arithmetic", {"weights": SIGNED, "rank": 8}, WITH_SVD),
@@ -122,10 +134,22 @@ def test_equals_published_output(file, method, parameters, tolerance):
 @pytest.mark.parametrize(
     "file, key, method, weights, parameters",
     [
-        ("peftfn_ties_full_d0.2", "delta_freq", "lora_ties", WEIGHTS, {"elect": "count", "convention": "peft"}),
+        (
+            "peftfn_ties_full_d0.2",
+            "delta_freq",
+            "lora_ties",
+            WEIGHTS,
+            {"elect": "count", "convention": "peft"},
+        ),
         ("peftfn_ties_full_d0.2", "delta_negw", "lora_ties", [0.4, -0.3, 0.2, 0.1], {"convention": "peft"}),
         ("peftfn_ties_full_d0.2", "delta_magprune", "lora_magnitude_prune", WEIGHTS, {"convention": "peft"}),
-        ("mergekit_ties_d0.2", "delta_nonorm", "lora_ties", WEIGHTS, {"convention": "mergekit", "normalize": False}),
+        (
+            "mergekit_ties_d0.2",
+            "delta_nonorm",
+            "lora_ties",
+            WEIGHTS,
+            {"convention": "mergekit", "normalize": False},
+        ),
     ],
 )
 def test_equals_published_variants(file, key, method, weights, parameters, case):
@@ -168,7 +192,9 @@ def test_core_coordinates(case):
         for side, key in ((basis.U, "U_B"), (basis.V, "Vh_A")):
             want = outputs[f"out.{layer}.{key}"]
             want = want if key == "U_B" else want.mT
-            torch.testing.assert_close((side.mT @ want).abs(), torch.eye(want.shape[1]).double(), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                (side.mT @ want).abs(), torch.eye(want.shape[1]).double(), atol=1e-5, rtol=0
+            )
 
 
 def test_ties_then_iso_in_core_space():

@@ -21,7 +21,10 @@ FACTOR = [f"factor_{rule.name}" for rule in RULES if FACTOR_SPACE.takes(rule)]
 
 def draw(ranks, seed=0, d_out=20, d_in=14):
     g = torch.Generator().manual_seed(seed)
-    return [{"m": LoraFactors(torch.randn(d_out, r, generator=g), torch.randn(r, d_in, generator=g))} for r in ranks]
+    return [
+        {"m": LoraFactors(torch.randn(d_out, r, generator=g), torch.randn(r, d_in, generator=g))}
+        for r in ranks
+    ]
 
 
 def dense(method, adapters, weights=None, **parameters):
@@ -45,7 +48,9 @@ def test_defined_for_one_equal_opposite_and_zero_updates(method):
     assert not dense(method, [nothing]).any() and not dense(method, [nothing, nothing]).any()
 
 
-@pytest.mark.parametrize("method", [m for m in [*COMBINATIONS, *FACTOR] if "seed" not in METHODS[m].parameter_fields()])
+@pytest.mark.parametrize(
+    "method", [m for m in [*COMBINATIONS, *FACTOR] if "seed" not in METHODS[m].parameter_fields()]
+)
 def test_a_zero_adapter_takes_no_part(method, caplog):
     f, g = draw([3, 3])
     nothing = {"m": LoraFactors(torch.zeros(20, 3), torch.randn(3, 14))}
@@ -60,7 +65,9 @@ def test_a_zero_adapter_takes_no_part(method, caplog):
 def test_equal_adapters_give_that_adapter(space, rule):
     (f,) = draw([3])
     # In the three dimensions of Compress-then-Merge an equal share would be less than one triplet each.
-    parameters = {"ties": {"density": 1.0}, "tsv": {"rank_per_task": 3} if space == "ctm" else {}}.get(rule, {})
+    parameters = {"ties": {"density": 1.0}, "tsv": {"rank_per_task": 3} if space == "ctm" else {}}.get(
+        rule, {}
+    )
     assert relative_error(dense(f"{space}_{rule}", [f] * 4, **parameters), f["m"].dense()) < 1e-5
 
 
@@ -123,7 +130,9 @@ def test_an_entry_at_a_threshold_is_kept_whatever_the_blocks(rows, scope, monkey
             assert (merged != 0).sum() == int(density * 280) + 1
 
 
-@pytest.mark.parametrize("method", ["lora_dare_linear", "core_dare_ties", "knots_della", "factor_dare_linear"])
+@pytest.mark.parametrize(
+    "method", ["lora_dare_linear", "core_dare_ties", "knots_della", "factor_dare_linear"]
+)
 def test_draws_depend_on_seed_and_names_only(method):
     adapters = draw([3, 3])
     once, again = (dense(method, adapters) for _ in range(2))
@@ -209,7 +218,10 @@ def test_bad_input():
         (lambda: merge_adapters("lora_ties", [f], density=0.0), "density: 0.0"),
         (lambda: merge_adapters("lora_ties", [f], density=1.5), "density: 1.5"),
         (lambda: merge_adapters("lora_della", [f], density=0.95), "must lie inside"),
-        (lambda: merge_adapters("ctm_ties", [f, g], rank=6), "rank 6: the merged updates carry rank 5 at most"),
+        (
+            lambda: merge_adapters("ctm_ties", [f, g], rank=6),
+            "rank 6: the merged updates carry rank 5 at most",
+        ),
         (lambda: merge_adapters("core_tsv", [f, g], rank=6), "carry rank 5"),
         (lambda: merge_adapters("lora_ties", [f, g], rank=15), "carry rank 14"),
         (lambda: merge_adapters("core_mean", [f, g], [1.0, -1.0]), "add up to 0"),
@@ -294,11 +306,15 @@ def test_emr_in_small_coordinates(space, llama, adapters, tmp_path):
     result = merge(recipe(f"{space}_emr", llama, adapters[:2]), tmp_path / "out")
     assert result.exit_code == 0, result.output
     if space == "core":
-        result = run("mergekit-tspa", "emr-task", tmp_path / "out", adapters[0], "--out", tmp_path / "out-one")
+        result = run(
+            "mergekit-tspa", "emr-task", tmp_path / "out", adapters[0], "--out", tmp_path / "out-one"
+        )
         assert result.returncode == 0, result.stderr
     else:
         assert rebuild(tmp_path / "out", "one").exit_code == 0
-    base, unified, task = (load_file(f / "model.safetensors") for f in (llama, tmp_path / "out", tmp_path / "out-one"))
+    base, unified, task = (
+        load_file(f / "model.safetensors") for f in (llama, tmp_path / "out", tmp_path / "out-one")
+    )
     distance = {"task": 0.0, "unified": 0.0}
     for name, update in adapter_updates(adapters[0]).items():
         distance["task"] += (task[name] - base[name] - update).square().sum()

@@ -91,7 +91,9 @@ def test_election_by_hand():
     weighted = elect_and_merge(M, torch.tensor([1.0, 3.0, 2.0]))
     torch.testing.assert_close(weighted, torch.tensor([-1.0, -1.0, 1.75]))
     # A negative weight votes with the opposite, and no entry ends opposite to the elected sign.
-    torch.testing.assert_close(elect_and_merge(M, torch.tensor([1.0, -1.0, 1.0])), torch.tensor([2.0, 1.0, -2.0]))
+    torch.testing.assert_close(
+        elect_and_merge(M, torch.tensor([1.0, -1.0, 1.0])), torch.tensor([2.0, 1.0, -2.0])
+    )
 
 
 def ties_of_entries(M, weights, density):
@@ -154,4 +156,6 @@ def test_emr(M):
     torch.testing.assert_close((uni.abs() * mask).mean((1, 2)) * scales, own)
     alone, mask = unify(M[:1], ONES[:1])
     assert torch.equal(alone, M[0]) and mask.all()
-    assert torch.equal(rescalers(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])), torch.tensor([1.0, 0.5]))
+    assert torch.equal(
+        rescalers(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])), torch.tensor([1.0, 0.5])
+    )

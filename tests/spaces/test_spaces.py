@@ -18,7 +18,9 @@ from tests.conftest import relative_error
 def draw(ranks, d_out=24, d_in=18, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     return [
-        LoraFactors(torch.randn(d_out, r, generator=g, dtype=dtype), torch.randn(r, d_in, generator=g, dtype=dtype))
+        LoraFactors(
+            torch.randn(d_out, r, generator=g, dtype=dtype), torch.randn(r, d_in, generator=g, dtype=dtype)
+        )
         for r in ranks
     ]
 
@@ -37,7 +39,9 @@ SPACES = {
 }
 
 
-@pytest.mark.parametrize("factors", [draw([3, 5, 2]), draw([1]), draw([16, 16], 24, 18), draw([4, 4]) * 2, SHARED_A])
+@pytest.mark.parametrize(
+    "factors", [draw([3, 5, 2]), draw([1]), draw([16, 16], 24, 18), draw([4, 4]) * 2, SHARED_A]
+)
 @pytest.mark.parametrize("space", SPACES)
 def test_lossless(space, factors):
     basis = SPACES[space](factors)
@@ -86,7 +90,9 @@ def test_ctm_equals_tensorly(rank):
     X = torch.stack([f.dense() for f in factors])
     X = X / torch.linalg.matrix_norm(X, keepdim=True) * torch.linalg.matrix_norm(X).mean()
     with tensorly.backend_context("pytorch"):
-        (_, sides), _ = partial_tucker(X, rank=[rank, rank], modes=[1, 2], n_iter_max=1000, tol=1e-6, init="svd")
+        (_, sides), _ = partial_tucker(
+            X, rank=[rank, rank], modes=[1, 2], n_iter_max=1000, tol=1e-6, init="svd"
+        )
     basis = ctm(factors, rank)
     for got, want in zip(basis, sides):
         assert relative_error(got @ got.mT, want @ want.mT) < 1e-6
