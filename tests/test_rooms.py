@@ -23,15 +23,8 @@ ALLOWED = {  # room -> rooms of this package it may import
     "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
 }
 
-# These still take names from mergekit itself; to be pointed to `plugin/compat.py`.
-UNCONVERTED = {
-    f"plugin/{name}.py"
-    for name in ("adapter_output", "dry_run", "inspection_of", "planning", "recipe", "tasks")
-}
 MODULES = {"pyyaml": "yaml"}  # distributions whose module has another name
 REPORT_FILES = {"insight/page.py", "insight/pictures.py"}  # of the extra `report`
-SHADOWS = {"rules/select.py"}  # to be renamed
-IN_TWO_ROOMS: set[str] = set()  # names of files that two rooms need
 
 
 def place(file: Path) -> str:
@@ -84,8 +77,8 @@ def test_alignment_needs_only_torch_and_geoopt():
 def test_measures_need_only_torch():
     found = imports(PACKAGE / "insight" / "measures.py")
     assert {name for name in found if name.startswith("mergekit_tspa")} <= {
-        "mergekit_tspa.adapters",
         "mergekit_tspa.linalg",
+        "mergekit_tspa.updates",
     }
     assert {name.split(".")[0] for name in found} - {"mergekit_tspa"} <= {
         "torch",
@@ -104,7 +97,7 @@ def test_entry_needs_only_the_standard_library():
 
 def test_one_file_imports_mergekit():
     knowing = {place(file) for file in FILES if "mergekit" in tops(file)}
-    assert knowing - UNCONVERTED == {"plugin/compat.py"}
+    assert knowing == {"plugin/compat.py"}
 
 
 def test_one_file_knows_private_names_of_mergekit():
@@ -126,7 +119,7 @@ def test_one_file_knows_private_names_of_mergekit():
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr in private
     }
-    assert using - UNCONVERTED == {"plugin/compat.py"}
+    assert using == {"plugin/compat.py"}
 
 
 def test_click_stays_at_the_edge():
@@ -149,12 +142,12 @@ def test_no_file_shadows_a_library():
     libraries = sys.stdlib_module_names | declared() | declared("report")
     places = [path for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.is_dir()]
     shadowing = {place(path) for path in places if path.stem in libraries - {"__main__"}}
-    assert shadowing <= SHADOWS
+    assert not shadowing
 
 
 def test_a_file_name_stands_in_one_room():
     count = Counter(file.name for file in FILES if file.name != "__init__.py")
-    assert {name for name, times in count.items() if times > 1} == IN_TWO_ROOMS
+    assert {name for name, times in count.items() if times > 1} == set()
 
 
 def test_the_peft_entry_knows_the_other_entry_and_no_files():

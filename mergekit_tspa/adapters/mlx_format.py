@@ -8,7 +8,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_file, read_tensors
+from mergekit_tspa.adapters.adapter_files import (
+    as_matrices,
+    check_config,
+    check_values,
+    find_file,
+    read_tensors,
+)
 from mergekit_tspa.adapters.kinds import MLX
 from mergekit_tspa.adapters.modules import LoraModule
 from mergekit_tspa.errors import InputError

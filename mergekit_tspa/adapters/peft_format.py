@@ -18,7 +18,13 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import experts
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_file, read_tensors
+from mergekit_tspa.adapters.adapter_files import (
+    as_matrices,
+    check_config,
+    check_values,
+    find_file,
+    read_tensors,
+)
 from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, check_kinds, check_tensor, kinds_of
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
 from mergekit_tspa.base.names import strip_prefixes

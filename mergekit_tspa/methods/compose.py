@@ -20,7 +20,7 @@ from mergekit_tspa.methods.method import SUM_OF_RANKS, Method, one_by_one
 from mergekit_tspa.methods.rules import RULES, Rule, Scoped
 from mergekit_tspa.methods.spaces import FACTOR_SPACE, SPACES, UPDATE_SPACES, Space
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
-from mergekit_tspa.rules.kinds import Entrywise, Linear, Spectral, Statistics
+from mergekit_tspa.rules.rule_kinds import Entrywise, Linear, Spectral, Statistics
 from mergekit_tspa.rules.stream import Products, Stream, merge_rows
 from mergekit_tspa.spaces.coordinates import Part
 from mergekit_tspa.spaces.core import core

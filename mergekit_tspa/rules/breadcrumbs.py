@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from mergekit_tspa.rules.linear import weighted_sum
-from mergekit_tspa.rules.statistics import Updates, Whole, column, magnitudes
+from mergekit_tspa.rules.update_statistics import Updates, Whole, column, magnitudes
 
 
 def breadcrumbs(

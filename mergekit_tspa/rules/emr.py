@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mergekit_tspa.rules.statistics import Block, Updates, column
+from mergekit_tspa.rules.update_statistics import Block, Updates, column
 
 
 def emr(M: Tensor, weights: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mergekit_tspa.rules.linear import weighted_sum
-from mergekit_tspa.rules.statistics import Block, Updates, Whole, magnitudes
+from mergekit_tspa.rules.update_statistics import Block, Updates, Whole, magnitudes
 
 
 def pcb(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.rules.prune import trim, trim_thresholds
-from mergekit_tspa.rules.statistics import Updates, Whole, column
+from mergekit_tspa.rules.update_statistics import Updates, Whole, column
 
 
 def ties(

@@ -155,9 +155,10 @@ def test_a_sum_of_orthogonal_adapters_keeps_all(llama, adapters, tmp_path):
 
     both = [edited(adapters[0], tmp_path / "a", half(True)), edited(adapters[0], tmp_path / "b", half(False))]
     got = inspected(recipe("lora_task_arithmetic", llama, both, [1.0, 0.25]))
-    close = lambda value, want: torch.testing.assert_close(
-        value, torch.tensor(want).double(), atol=1e-5, rtol=0
-    )  # noqa: E731
+
+    def close(value, want):
+        torch.testing.assert_close(value, torch.tensor(want).double(), atol=1e-5, rtol=0)
+
     close(got.total_survival()[0], [1.0, 0.25])
     close(got.total_cosines()[0, 1], 0.0)
     close(got.cross, [0.0] * 4)

@@ -10,10 +10,10 @@ from mergekit_tspa import METHODS, LoraFactors, merge_adapters
 from mergekit_tspa.methods.rules import RULES
 from mergekit_tspa.rules import stream
 from mergekit_tspa.rules.emr import emr, task_scales, unify
-from mergekit_tspa.rules.kinds import Entrywise, Linear, Spectral
 from mergekit_tspa.rules.linear import weighted_sum
-from mergekit_tspa.rules.statistics import Whole
+from mergekit_tspa.rules.rule_kinds import Entrywise, Linear, Spectral
 from mergekit_tspa.rules.stream import Products, Stream, merge_rows
+from mergekit_tspa.rules.update_statistics import Whole
 from tests.conftest import relative_error
 
 ROWS, COLUMNS = 20, 14

@@ -196,7 +196,6 @@ def test_another_mergekit(models, tmp_path):
         out = tmp_path / autoload / "out"
         environment = {
             "PYTHONPATH": f"{other}:{ROOT}",
-            "PYTHONHASHSEED": "0",  # mergekit's card lists a set
             "TORCH_DEVICE_BACKEND_AUTOLOAD": autoload,
         }
         result = run("mergekit-yaml", file, out, "--no-copy-tokenizer", "--quiet", **environment)
@@ -208,7 +207,9 @@ def test_another_mergekit(models, tmp_path):
                 lines[0].startswith("mergekit 0.1.9 does not fit: ")
                 and "MergePlanner._plan is missing" in lines[0]
             )
-        written.append({file.name: file.read_bytes() for file in out.iterdir()})
+        files = {file.name: file.read_bytes() for file in out.iterdir()}
+        files["README.md"] = sorted(files["README.md"].splitlines())  # mergekit's card lists a set
+        written.append(files)
     assert written[0] == written[1]
 
 

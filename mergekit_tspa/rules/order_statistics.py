@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.rules.statistics import Positions
+from mergekit_tspa.rules.update_statistics import Positions
 
 Blocks = Callable[[], Iterable[tuple[Sequence[int], Tensor]]]
 _HIGH = 1 << 16

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mergekit_tspa.rules.statistics import Updates
+from mergekit_tspa.rules.update_statistics import Updates
 
 
 class LinearRule(Protocol):
