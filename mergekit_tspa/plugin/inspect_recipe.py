@@ -31,7 +31,7 @@ def inspect_recipe(
     adapters, kinds, notes = [], [], []
     models = dict.fromkeys(source.model for source in sources(config))
     for reference in [model for model in models if model != config.base_model]:
-        adapter = LoaderCache().get(reference).adapter
+        adapter = LoaderCache().get(reference).adapter  # type: ignore[attr-defined]  # a LoraLoader
         if adapter not in used:
             reason = "has tensors trained directly only" if not adapter.modules else "has weight 0 everywhere"
             notes.append(f"{adapter.name}: it {reason}, and is left out here")
