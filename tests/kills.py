@@ -76,7 +76,7 @@ def tasks(folder: Path, base: Path, adapters: list[Path]) -> dict[str, Task]:
     from mergekit.scripts import multimerge, run_yaml
 
     from mergekit_tspa.commands import main as cli
-    from mergekit_tspa.plugin import adapter_output as adapter
+    from mergekit_tspa.commands import merge_adapter as adapter
 
     emr = folder / "emr"
     plain, single = (

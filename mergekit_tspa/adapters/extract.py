@@ -155,14 +155,14 @@ def log_kept(adapter: Adapter) -> None:
     changed = [m for m in modules if m.kept is not None]
     if not changed:
         if modules:
-            LOG.warning("%s: its %d linear tensors equal the base's", adapter.name, len(modules))
+            LOG.warning("%s: its %d linear weights equal the base's", adapter.name, len(modules))
         return
     worst = min(changed, key=lambda m: m.kept)
     ranks = sorted(m.known.rank for m in changed)
     low_rank = worst.kept >= _LOW_RANK
     LOG.log(
         logging.INFO if low_rank else logging.WARNING,
-        "%s: of %d tensors %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 on average, "
+        "%s: of %d weights %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 on average, "
         "%.1f %% of %s%s",
         adapter.name,
         len(modules),
