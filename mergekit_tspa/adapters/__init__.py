@@ -1,7 +1,13 @@
 """Adapter formats on disk, read as factors.  Format knowledge ends in this package."""
 
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.extract import ExtractedModule, Extraction, check_architecture, extract_adapter, log_kept
+from mergekit_tspa.adapters.extract import (
+    ExtractedModule,
+    Extraction,
+    check_architecture,
+    extract_adapter,
+    log_kept,
+)
 from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, is_model, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
 from mergekit_tspa.adapters.reader import kind_of, read_adapter

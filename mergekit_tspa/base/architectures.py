@@ -1,13 +1,15 @@
 """Everything that is known of architectures, in one table.
 
-Tensors are recognised by their names, which most architectures share: the constants below list them.  What the
-models of one `model_type` have of their own is one row of `ARCHITECTURES`; its other fields keep their defaults.
-So a new architecture is one row.  This one has one tensor for the query, key and value of each head in turn, and a
-rotary embedding that turns neighbouring coordinates:
+Tensors are recognised by their names, which most architectures share: the constants below list them.  What
+is special about the models of one `model_type` is one row of `ARCHITECTURES`, whose other fields keep their
+defaults.
+
+So a new architecture is one row.  The following one has one tensor for the query, key and value of each head
+in turn, and a rotary embedding that turns neighbouring coordinates:
 
     Architecture("somemodel", fused="per head", interleaved_rope=True),
 
-and an architecture that names its projections differently adds those names to `ATTENTION_ROLES`.
+If it calls its projections by names of its own, these go into `ATTENTION_ROLES`.
 """
 
 import re
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# -- names of tensors ----------------------------------------------------------------------------------------------
+# -- names of tensors --------------------------------------------------------------------------------------
 
 # What a projection of an attention block is called, by the role it plays; "qkv" is one tensor for all three.
 ATTENTION_ROLES = {
@@ -29,7 +31,9 @@ ATTENTION_BLOCK = r"[^.]*(?:attn|attention)[^.]*"  # pattern of the part of a na
 VISION_BLOCK = re.compile(r"vis(ion|ual)")  # blocks that `vision_config` describes
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"))
+EMBEDDINGS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
+)
 VOCABULARY = HEADS + EMBEDDINGS  # a row per token of the vocabulary, in one tensor if the model ties them
 # Matrices that are tables: a row per token, position or token type.
 TABLE = re.compile(r"(embed\w*|wte|wpe|shared|lm_head)\.weight$")
@@ -41,7 +45,7 @@ EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 COMPUTED = re.compile(r"\.inv_freq$")  # old checkpoints store this buffer, and nothing reads it
 
-# -- what a model type has of its own ------------------------------------------------------------------------------
+# -- what is special about a model type --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Architecture:
     """
 
     model_type: str
-    # How query, key and value lie in one tensor: all queries, then all keys, then all values ("stacked"), or the
-    # three of each head in turn ("per head").  None: they are tensors of their own, or lie in an unknown way.
+    # How query, key and value lie in one tensor: all queries, then all keys, then all values ("stacked"), or
+    # the three of each head in turn ("per head").  None: each has its own tensor, or the layout is unknown.
     fused: Literal["stacked", "per head"] | None = None
     # Layers that are transformers' Conv1D, whose tensors are stored (d_in, d_out).
     conv1d: tuple[str, ...] = ()
@@ -63,7 +67,12 @@ class Architecture:
     n_kv_heads: tuple[str, ...] = ("num_key_value_heads", "num_kv_heads")  # absent: as many as heads
     head_dim: tuple[str, ...] = ("head_dim", "d_kv")  # absent: width / n_heads
     width: tuple[str, ...] = ("hidden_size", "n_embd", "d_model", "dim")
-    rope: tuple[str, ...] = ("rope_theta", "rope_parameters", "rotary_pct", "rotary_emb_base")  # absent: no RoPE
+    rope: tuple[str, ...] = (
+        "rope_theta",
+        "rope_parameters",
+        "rotary_pct",
+        "rotary_emb_base",
+    )  # absent: no RoPE
     rotary_share: tuple[str, ...] = ("partial_rotary_factor", "rotary_pct")  # of a head; absent: all of it
 
 
@@ -93,6 +102,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def part_of(config: Mapping[str, Any], block: str = "") -> Mapping[str, Any]:
-    """The part of a configuration that describes a block of the vision tower or, for all others, the language model."""
+    """The part of a configuration that describes a block: the vision tower's, or the language model's."""
     part = "vision_config" if VISION_BLOCK.search(block) else "text_config"
     return config.get(part) or config

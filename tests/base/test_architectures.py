@@ -20,16 +20,23 @@ def test_one_row_per_model_type():
 
 
 def test_an_architecture_is_one_row(monkeypatch):
-    row = Architecture("somemodel", fused="per head", conv1d=("wide",), interleaved_rope=True, n_heads=("heads",))
+    row = Architecture(
+        "somemodel", fused="per head", conv1d=("wide",), interleaved_rope=True, n_heads=("heads",)
+    )
     monkeypatch.setattr(architectures, "ARCHITECTURES", (*ARCHITECTURES, row))
     geometry = AttentionGeometry.from_config(CONFIG)
     assert geometry == (3, 3, 4, None, "per head", True)
     assert geometry.rows("k").tolist() == [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31]
 
-    adapter = Adapter.from_factors("a", {name: (torch.ones(6, 2), torch.ones(2, 4)) for name in ("x.wide", "x.other")})
+    adapter = Adapter.from_factors(
+        "a", {name: (torch.ones(6, 2), torch.ones(2, 4)) for name in ("x.wide", "x.other")}
+    )
     shapes = {"x.wide.weight": (4, 6), "x.other.weight": (6, 4)}
     fitted, _ = adapter.fit(ModelTensors("base", shapes, CONFIG))
-    assert fitted.factors("x.wide").dense().shape == (4, 6) and fitted.factors("x.other").dense().shape == (6, 4)
+    assert fitted.factors("x.wide").dense().shape == (4, 6) and fitted.factors("x.other").dense().shape == (
+        6,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +58,10 @@ def test_an_architecture_is_one_row(monkeypatch):
             (4, 4, 8, 4, None, False),
         ),
         ({"model_type": "gptj", "n_head": 4, "n_embd": 32, "rope_theta": 1e4}, (4, 4, 8, None, None, False)),
-        ({"text_config": {"num_attention_heads": 2, "hidden_size": 8, "rope_theta": 1}}, (2, 2, 4, 4, None, False)),
+        (
+            {"text_config": {"num_attention_heads": 2, "hidden_size": 8, "rope_theta": 1}},
+            (2, 2, 4, 4, None, False),
+        ),
     ],
 )
 def test_geometry_comes_from_the_configuration(config, geometry):
