@@ -58,7 +58,7 @@ class LowRank(LoraFactors):
         return product_svd(self.B, self.A)
 
     def rebuilt(self, U: Tensor, S: Tensor, Vh: Tensor) -> "LowRank":
-        """Other singular triplets in the precision of these factors, balanced: `B = U sqrt(S)`, `A = sqrt(S) V^T`."""
+        """Other singular triplets as factors of this precision: `B = U sqrt(S)`, `A = sqrt(S) V^T`."""
         root = S.sqrt()
         return LowRank((U * root).to(self.B.dtype), (root[:, None] * Vh).to(self.A.dtype))
 
@@ -96,7 +96,7 @@ class Dense(NamedTuple):
         return self if factor == 1 else Dense(self.dW * factor)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`U (d_out, k)`, `S (k,)`, `V^T (k, d_in)` of the whole matrix, in its own precision because it is large."""
+        """`U (d_out, k)`, `S (k,)`, `V^T (k, d_in)` in the precision of the matrix, because it is large."""
         U, S, Vh = torch.linalg.svd(self.dW, full_matrices=False)
         return U, S, Vh
 
@@ -105,7 +105,7 @@ class Dense(NamedTuple):
         return Dense(((U * S) @ Vh).to(self.dW.dtype))
 
     def truncated(self, rank: int) -> LowRank:
-        """The closest update of a lower rank; of a large one by subspace iteration on a few more directions."""
+        """The closest update of a lower rank; a large one by subspace iteration on a few more directions."""
         M = self.dW
         if min(M.shape) <= 1024:
             one = torch.eye(min(M.shape)).to(M)

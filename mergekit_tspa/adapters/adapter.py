@@ -45,26 +45,28 @@ class Adapter:
     def factors(
         self, module: str, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> LoraFactors:
-        """
+        """The update `B A` of a module, in the base's orientation.
+
         Raises:
-            InputError: they depend on the base's tensor, and no base was fitted.
+            InputError: it depends on the base's tensor, and no base was fitted.
         """
         found = self.modules[module]
         if found.base_part and found.base_part.read is None:
             raise InputError(
-                f"{self.name}: PiSSA and OLoRA put a part of the base into the factors; give the base model (base=)"
+                f"{self.name}: PiSSA and OLoRA put a part of the base into the factors; give the base model "
+                "(base=)"
             )
         return found.factors(dtype, device)
 
     def fit(self, base: ModelTensors) -> tuple["Adapter", dict[str, str]]:
         """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
 
-        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
-        where the two contradict each other, so the orientation of each module is settled here: by the base's
-        configuration if its model has Conv1D layers, else by the flag.
+        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores
+        `fan_in_fan_out` where the two contradict each other, so the orientation of each module is settled
+        here: by the base's configuration if its model has Conv1D layers, otherwise by the flag.
 
         Raises:
-            InputError: a module has no tensor in the base, a tensor of another shape, a quantised one, or one that
+            InputError: a module has no tensor in the base, or one that has another shape, is quantised, or
                 is tied to another.
         """
         modules = experts.settle(self.modules, base, self.name)
@@ -72,14 +74,13 @@ class Adapter:
         named = adapter.tensors
         if base.tied and (tied := [name for name in named if name.endswith(VOCABULARY)]):
             raise InputError(
-                f"{self.name}: it adapts {tied[0]}, but {base.name} ties embedding and head to one tensor; untie the "
-                "base first, or train without it"
+                f"{self.name}: it adapts {tied[0]}, but {base.name} ties embedding and head to one tensor; "
+                "untie the base first, or train without it"
             )
         tensors = {tensor: named[name] for name, tensor in base.match(named, self.name).items()}
         modules = {module: adapter._fit_module(module, tensor, base) for tensor, module in tensors.items()}
-        changes = {
-            tensor: adapter.changes[name] for name, tensor in base.match(adapter.changes, self.name).items()
-        }
+        places = base.match(adapter.changes, self.name)
+        changes = {tensor: adapter.changes[name] for name, tensor in places.items()}
         for tensor, change in changes.items():
             self._fit_change(change, tensor, base)
         return replace(adapter, modules=modules, changes=changes), tensors
@@ -93,8 +94,8 @@ class Adapter:
             self._refuse_shape(f"update of {module}", found.shape, tensor, base)
         if found.magnitude is not None and len(found.magnitude) != found.B.shape[0]:
             raise InputError(
-                f"{self.name}: {module} has {len(found.magnitude)} magnitudes for {found.B.shape[0]} outputs; save the "
-                "adapter again"
+                f"{self.name}: {module} has {len(found.magnitude)} magnitudes for {found.B.shape[0]} "
+                "outputs; save the adapter again"
             )
         if found.base_part:
             found = found._replace(base_part=BasePart(found.base_part.of, lambda: base.read(tensor)))
@@ -112,8 +113,8 @@ class Adapter:
     def _check_precision(self, tensor: str, base: ModelTensors) -> None:
         if base.config.get("quantization_config") or tensor in base.quantised:
             raise InputError(
-                f"{base.name}: the base model is quantised, and {self.name} changes its {tensor}; merge into the "
-                "original full-precision checkpoint"
+                f"{base.name}: the base model is quantised, and {self.name} changes its {tensor}; merge into "
+                "the original full-precision checkpoint"
             )
 
     def _refuse_shape(self, what: str, shape: tuple[int, ...], tensor: str, base: ModelTensors) -> NoReturn:
@@ -121,8 +122,9 @@ class Adapter:
         there = base.shape(tensor)
         if tensor.endswith(VOCABULARY) and shape[1:] == there[1:]:
             raise InputError(
-                f"{self.name}: its vocabulary has {shape[0]} tokens but {tensor} of {base.name} has {there[0]}; resize "
-                f"the base to {shape[0]} tokens first (resize_token_embeddings){trained_on}"
+                f"{self.name}: its vocabulary has {shape[0]} tokens but {tensor} of {base.name} has "
+                f"{there[0]}; resize the base to {shape[0]} tokens first "
+                f"(resize_token_embeddings){trained_on}"
             )
         raise InputError(
             f"{self.name}: the {what} has shape {shape} but {tensor} of {base.name} has {there}; "
@@ -132,23 +134,24 @@ class Adapter:
     def _tie_changes(self, base: ModelTensors) -> Mapping[str, Change]:
         """The changes, adjusted to a base that ties its head to its embedding.
 
-        The head's own change is left out.  A base that stores the head nevertheless gets the embedding's change there.
+        The head's own change is left out.  If the base stores the head nevertheless, the embedding's change
+        is made there too.
 
         Raises:
             InputError: embedding and head were trained apart.
         """
-        head, embedding = (
-            next((n for n in self.changes if n.endswith(e)), None) for e in (HEADS, EMBEDDINGS)
-        )
+        head = next((name for name in self.changes if name.endswith(HEADS)), None)
+        embedding = next((name for name in self.changes if name.endswith(EMBEDDINGS)), None)
         if not base.tied or not (head or embedding):
             return self.changes
         trained = self.changes.get(embedding or "")
-        # PEFT ties rows of tokens by itself, whole embeddings only with ensure_weight_tying, and then saves both.
+        # PEFT ties rows of tokens by itself.  It ties whole embeddings only with ensure_weight_tying, and then it
+        # saves both.
         together = trained and (trained.equals(self.changes[head]) if head else trained.rows is not None)
         if not together:
             raise InputError(
-                f"{self.name}: it trained {head or embedding} apart from the tensor that {base.name} ties it to; untie "
-                "the base first, or train with ensure_weight_tying"
+                f"{self.name}: it trained {head or embedding} apart from the tensor that {base.name} ties it "
+                "to; untie the base first, or train with ensure_weight_tying"
             )
         changes = {name: change for name, change in self.changes.items() if name != head}
         return changes | {tensor: trained for tensor in base.shapes if tensor.endswith(HEADS)}

@@ -47,7 +47,8 @@ def check_config(config: Mapping[str, Any], keys: type[BaseModel], directory: Pa
             f"{where} is {str(first['input'])[:80]}: {first['msg']}" if first["type"] != "missing" else where
         )
         raise InputError(
-            f"{directory / CONFIG_FILE}: {'no ' if first['type'] == 'missing' else ''}{message}; save the adapter again"
+            f"{directory / CONFIG_FILE}: {'no ' if first['type'] == 'missing' else ''}{message}; save the "
+            "adapter again"
         ) from error
 
 
@@ -64,7 +65,7 @@ def find_file(directory: Path, candidates: Sequence[str], name: str) -> Path:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors, in memory of their own: if a mapped file were cut, the next access would end the process."""
+    """All tensors, copied into memory: if a mapped file were cut, the next access would end the process."""
     with readable(file):
         if file.suffix != ".safetensors":
             return load_pickle(file)
@@ -75,7 +76,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def check_values(tensor: Tensor, key: str, file: Path) -> None:
     """
     Raises:
-        InputError: a tensor is empty, holds anything but floating-point values of 16 bits or more, or is not finite.
+        InputError: a tensor is empty, is not of floating-point values of 16 bits or more, or is not finite.
     """
     if tensor.numel() == 0:
         raise InputError(
@@ -84,8 +85,8 @@ def check_values(tensor: Tensor, key: str, file: Path) -> None:
         )
     if tensor.dtype not in _PRECISIONS:
         raise InputError(
-            f"{file}: {key} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} where floating-point values of "
-            "16 bits or more are expected"
+            f"{file}: {key} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} where floating-point "
+            "values of 16 bits or more are expected"
         )
     if not torch.isfinite(tensor.float()).all():
         raise InputError(f"{file}: {key} contains NaN or Inf; the training diverged or the file is damaged")
@@ -94,16 +95,16 @@ def check_values(tensor: Tensor, key: str, file: Path) -> None:
 def as_matrices(B: Tensor, A: Tensor, module: str, file: Path) -> tuple[Tensor, Tensor]:
     """`B (d_out, r)` and `A (r, d_in)`.
 
-    The factors of a convolution, `B (d_out, r, 1 ..)` and `A (r, d_in, kernel ..)`, make an update `B A` of its tensor
-    taken as `(d_out, d_in * kernel)`.
+    The factors of a convolution, `B (d_out, r, 1 ..)` and `A (r, d_in, kernel ..)`, make an update `B A` of
+    its tensor taken as `(d_out, d_in * kernel)`.
 
     Raises:
         InputError: a factor has fewer than two dimensions, or their ranks differ.
     """
     if A.ndim < 2 or B.ndim < 2:
         raise InputError(
-            f"{file}: {module} has factors of shapes {tuple(B.shape)} and {tuple(A.shape)} where at least two "
-            "dimensions are expected; save the adapter again"
+            f"{file}: {module} has factors of shapes {tuple(B.shape)} and {tuple(A.shape)} where at least "
+            "two dimensions are expected; save the adapter again"
         )
     B, A = B.flatten(1), A.flatten(1)
     if A.shape[0] != B.shape[1]:

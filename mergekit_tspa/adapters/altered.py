@@ -1,7 +1,8 @@
-"""Initialisations that take a part out of the base's tensor: training starts from `W - part + scale B A = W`.
+"""Initialisations that take a part out of the base's tensor.
 
-The adapter's update of the unchanged base is then `scale B A - part`, of twice its rank.  Rows of `kinds.py` name
-these functions.
+Training starts from `W - part + scale B A = W`, where `B A` are the factors at the start.
+The adapter's update of the unchanged base is then `scale B A - part`, of twice its rank.  Rows of `kinds.py`
+name these functions.
 
 Args of both:
     W: the base's tensor  # (d_out, d_in)

@@ -1,4 +1,4 @@
-"""LoRA on fused experts: one tensor `(experts, d_out, d_in)` per projection, one pair of packed factors for all."""
+"""LoRA on fused experts: a tensor `(experts, d_out, d_in)` and a packed pair of factors per projection."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,9 +39,9 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
         known = [leaf for leaf in EXPERT_PARAMETERS if leaf in leaves] if len(leaves) > 1 else list(leaves)
         if len(known) != len(nest):
             raise InputError(
-                f"{file}: {root} has {len(nest)} pairs of factors, but target_parameters of adapter_config.json names "
-                f"{sorted(leaves) or 'none'} of its parameters; only {' and '.join(EXPERT_PARAMETERS)}, or a single "
-                "one, can be told apart"
+                f"{file}: {root} has {len(nest)} pairs of factors, but target_parameters of "
+                f"adapter_config.json names {sorted(leaves) or 'none'} of its parameters; only "
+                f"{' and '.join(EXPERT_PARAMETERS)}, or a single one, can be told apart"
             )
         nest.sort(key=lambda module: -module.count(_NESTED))
         named |= {module: f"{root}.{leaf}" for module, leaf in zip(nest, known)}
@@ -51,8 +51,8 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
 def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Tensor, Tensor]]:
     """The factors `(B_e, A_e)` of each expert, from `B (d_out, r experts)` and `A (experts r, d_in)`.
 
-    In `A` an expert's rows lie together.  In `B` its columns are spread (`rank_major`, PEFT's layout), or lie together
-    too (`grouped_by_expert`, as some of Unsloth's files say).
+    In `A` an expert's rows lie together.  In `B` its columns are spread (`rank_major`, PEFT's layout), or
+    lie together too (`grouped_by_expert`, as some of Unsloth's files say).
 
     Args:
         rank: of one expert, r
@@ -69,10 +69,10 @@ def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Te
 
 
 def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) -> dict[str, LoraModule]:
-    """Give modules of experts, `parameter[expert]`, the names and shapes that the base's checkpoint has for them.
+    """Give modules of experts, `parameter[expert]`, the names and shapes that the base's checkpoint has.
 
-    * fused there: `tensor[expert]`, transposed if it stores `(experts, d_in, d_out)`;
-    * a tensor per expert and projection: the rows of `B` that belong to each.
+    Where it has one tensor for all experts, they are called `tensor[expert]`, transposed if it is stored as
+    `(experts, d_in, d_out)`.  Where it has a tensor per expert and projection, each gets its rows of `B`.
 
     Raises:
         InputError: the base has another number of experts.
@@ -87,8 +87,8 @@ def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) 
         there = base.shapes[tensor][0] if tensor else len({expert for expert, *_ in parts.values()})
         if there not in (0, len(experts)):
             raise InputError(
-                f"{adapter}: it has factors for {len(experts)} experts of {name}, but {base.name} has {there} of them; "
-                "use the base the adapter was trained on"
+                f"{adapter}: it has factors for {len(experts)} experts of {name}, but {base.name} has "
+                f"{there} of them; use the base the adapter was trained on"
             )
         if parts and not tensor:
             for part, (expert, rows) in parts.items():

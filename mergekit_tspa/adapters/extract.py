@@ -1,4 +1,4 @@
-"""A full model as an adapter: low-rank factors of its difference to the base, made tensor by tensor when needed."""
+"""A full model as an adapter: low-rank factors of its difference to the base, made when they are needed."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -28,7 +28,7 @@ class Extraction(NamedTuple):
 
     @property
     def most(self) -> int:
-        """The largest rank it may come to."""
+        """The largest rank that the factors may have."""
         return self.rank or (256 if self.energy else 32)
 
 
@@ -40,7 +40,7 @@ class ExtractedModule:
     shape: tuple[int, int]
     read: Callable[[], tuple[Tensor, Tensor]]  # W, W_base
     extraction: Extraction
-    known: LoraFactors | None = None  # from when they were first asked for
+    known: LoraFactors | None = None  # the factors, once they were asked for
     kept: float | None = None  # ||U_k S_k V_k^T||^2 / ||D||^2; None: not known yet, or D is zero
 
     magnitude = base_part = None
@@ -48,7 +48,7 @@ class ExtractedModule:
 
     @property
     def rank(self) -> int:
-        """Of its factors; the largest that it may be, if a share of the energy decides."""
+        """The rank of its factors; if a share of the energy decides, the largest that it may be."""
         return min(self.extraction.most, *self.shape)
 
     def factors(self, dtype: torch.dtype, device: torch.device | str | None) -> LoraFactors:
@@ -96,21 +96,21 @@ class StoredTensor:
 
 
 def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extraction: Extraction) -> Adapter:
-    """A full model as an adapter whose modules and changes have the names of the base's tensors; reads headers only.
+    """A full model as an adapter whose modules and changes have the names of the base's tensors.
 
-    The tensors of linear layers, and those of each expert, become low-rank updates.  Norms, biases, embeddings, heads
-    and whatever else is no matrix are changes.
+    The tensors of linear layers, and those of each expert, become low-rank updates.  Norms, biases,
+    embeddings, heads and whatever else is no matrix are changes.  Only headers are read here.
 
     Raises:
-        InputError: another architecture, tensors of other names or shapes, quantised ones, one embedding tied and the
-            other not.
+        InputError: the architecture, or the names or shapes of the tensors differ, a tensor is quantised, or
+            only one of the two models ties its embedding and head.
     """
     check_architecture(name, model.config, base.name, base.config)
     for side in (model, base):
         if side.config.get("quantization_config") or side.quantised:
             raise InputError(
-                f"{side.name}: it is quantised ({min(side.quantised, default='config.json')}), so its difference to "
-                "another model means little; use the full-precision checkpoint"
+                f"{side.name}: it is quantised ({min(side.quantised, default='config.json')}), so its "
+                "difference to another model means little; use the full-precision checkpoint"
             )
     source = _same_tensors(name, model, base)
     for tensor, stored in source.items():
@@ -138,19 +138,19 @@ def check_architecture(
 ) -> None:
     """
     Raises:
-        InputError: the configurations are of different kinds of model.
+        InputError: the two configurations are of different architectures.
     """
     for key in ("model_type", "architectures"):
         here, there = config.get(key), base_config.get(key)
         if here and there and here != there:
             raise InputError(
-                f"{name}: its {key} is {here}, that of the base {base} is {there}; only a full model of the base's own "
-                "architecture can be merged into it"
+                f"{name}: its {key} is {here}, that of the base {base} is {there}; only a full model of the "
+                "base's own architecture can be merged into it"
             )
 
 
 def log_kept(adapter: Adapter) -> None:
-    """One line on how much of a full model's differences its factors hold: a warning, where that is little."""
+    """Log one line on how much of a model's differences its factors hold, as a warning if it is little."""
     modules = [m for m in adapter.modules.values() if isinstance(m, ExtractedModule) and m.known is not None]
     changed = [m for m in modules if m.kept is not None]
     if not changed:
@@ -162,8 +162,8 @@ def log_kept(adapter: Adapter) -> None:
     low_rank = worst.kept >= _LOW_RANK
     LOG.log(
         logging.INFO if low_rank else logging.WARNING,
-        "%s: of %d weights %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 on average, "
-        "%.1f %% of %s%s",
+        "%s: of %d weights %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 "
+        "on average, %.1f %% of %s%s",
         adapter.name,
         len(modules),
         len(changed),
@@ -192,9 +192,9 @@ def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[st
     ):
         if missing:
             raise InputError(
-                f"{name}: {len(missing)} tensors of {owner} are not in {other}, {min(missing)} among them; a full "
-                "model must have exactly the tensors of the base: save both with the same version of transformers, and "
-                "merge adapters into it first"
+                f"{name}: {len(missing)} tensors of {owner} are not in {other}, {min(missing)} among them; a "
+                "full model must have exactly the tensors of the base: save both with the same version of "
+                "transformers, and merge adapters into it first"
             )
     return source
 

@@ -1,4 +1,4 @@
-"""Find an adapter's directory: a local path, else a repository of the Hugging Face hub."""
+"""Find an adapter's directory: a local path, or a repository of the Hugging Face hub."""
 
 import os
 from pathlib import Path
@@ -10,10 +10,10 @@ _FILES = ["adapter_*", "adapters.safetensors"]
 
 
 def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> str:
-    """Local directory of an adapter; downloads only its adapter files when it is a hub repository.
+    """The local directory of an adapter; of a hub repository only the adapter's files are downloaded.
 
     Raises:
-        InputError: neither a directory nor a repository that can be reached.
+        InputError: it is neither a directory nor a repository that can be reached.
     """
     directory = os.path.expanduser(path)
     if os.path.isdir(directory):

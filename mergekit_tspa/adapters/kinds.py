@@ -1,8 +1,10 @@
 """Every kind of adapter, in one table: how it is recognised, and what is done with it.
 
-The reader, its refusals, the labels that `check` shows, merges of adapters in memory (`merging/loaded.py`) and the
-table of docs/adapters.md go by it.  A new kind is one row of `KINDS`.  A kind that PEFT marks with
-`"use_newlora": true`, and whose factors cannot be read as an update:
+The reader, its refusals, the labels that `check` shows, merges of adapters in memory (`merging/loaded.py`)
+and the table of docs/adapters.md go by it.
+
+So a new kind is one row of `KINDS`.  The following one has `"use_newlora": true` in its configuration, and
+its factors cannot be read as an update:
 
     Kind(
         "NewLoRA",
@@ -13,8 +15,11 @@ table of docs/adapters.md go by it.  A new kind is one row of `KINDS`.  A kind t
         in_memory=False,
     ),
 
-One that starts as `init_lora_weights: "newinit"` and leaves the base alone is `Kind("NewInit", init="newinit",
-update=PLAIN)`; one that takes a part out of the base also names the function that says which (`base_part`).
+An initialisation `init_lora_weights: "newinit"` that leaves the base alone is
+
+    Kind("NewInit", init="newinit", update=PLAIN),
+
+and one that takes a part out of the base also names the function that computes this part (`base_part`).
 """
 
 import logging

@@ -19,14 +19,14 @@ class BasePart:
     known: LoraFactors | None = None
 
     def factors(self, device: torch.device | str | None) -> LoraFactors:
-        """Computed when it is first asked for, in float32, and kept: it costs a decomposition of the tensor."""
+        """The part, computed in float32 when it is first asked for, and kept: it costs a decomposition."""
         if self.known is None:
             self.known = self.of(self.read().to(device, torch.float32))
         return self.known
 
 
 class LoraModule(NamedTuple):
-    """The update of one tensor as stored: factors in the file's dtype, and how to read them."""
+    """The update of one tensor as it is stored: factors in the file's precision, and how to read them."""
 
     B: Tensor  # (d_out, r)
     A: Tensor  # (r, d_in)
@@ -38,19 +38,20 @@ class LoraModule(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Of its factors."""
+        """The rank of its factors."""
         return self.A.shape[0] * (2 if self.base_part else 1)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the tensor it updates; a convolution's is taken as `(d_out, d_in * kernel)`."""
+        """The shape of the tensor it updates; a convolution's is taken as `(d_out, d_in * kernel)`."""
         shape = self.B.shape[0], self.A.shape[1]
         return shape[::-1] if self.transposed else shape
 
     def factors(self, dtype: torch.dtype, device: torch.device | str | None) -> LoraFactors:
         """`scale B A` in the base's orientation, less what was taken out of the base."""
         B, A = self.B.to(device, dtype), self.A.to(device, dtype)
-        factors = LoraFactors(*((A.T, B.T) if self.transposed else (B, A))).scaled(self.scale)
+        factors = LoraFactors(A.T, B.T) if self.transposed else LoraFactors(B, A)
+        factors = factors.scaled(self.scale)
         if self.base_part is None:
             return factors
         taken = self.base_part.factors(device)

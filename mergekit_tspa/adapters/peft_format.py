@@ -1,7 +1,8 @@
 """Read a PEFT LoRA adapter from disk, or refuse it by name.
 
-The file's tensors decide what is adapted, not `target_modules`.  The configuration gives the scale and the flags that
-change what the tensors mean; `kinds.py` lists them.  Rank and alpha patterns are looked up with PEFT's own function.
+The file's tensors decide what is adapted, not `target_modules`.  The configuration gives the scale and the
+flags that change what the tensors mean; `kinds.py` lists them.  Rank and alpha patterns are looked up with
+PEFT's own function.
 """
 
 import math
@@ -45,7 +46,7 @@ _Rows = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
 class _Blocks(BaseModel, strict=True):
-    """Of BD-LoRA."""
+    """The settings of BD-LoRA."""
 
     nblocks: Annotated[int, Field(ge=1, le=256)]  # devices that share a layer
     target_modules_bd_a: list[str] | None = None
@@ -53,7 +54,7 @@ class _Blocks(BaseModel, strict=True):
 
 
 class _Config(BaseModel, strict=True, allow_inf_nan=False):
-    """The keys of adapter_config.json that are read, beside those that only refuse an adapter."""
+    """The keys of adapter_config.json that are read; `kinds.py` looks at others to refuse an adapter."""
 
     base_model_name_or_path: str | None = None
     r: _Rank
@@ -142,7 +143,7 @@ def _check_trained(key: str, config: Mapping[str, Any], file: Path) -> None:
 
 
 def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> tuple[str, Change]:
-    """The tensor's name, and its new values: of a saved module, a bias, or some tokens' rows of an embedding."""
+    """The name and the new values of a saved module, a bias, or some tokens' rows of an embedding."""
     if not key.endswith(_TOKENS):
         return key, Change(value)
     module, indices = key.removesuffix(_TOKENS), config.get("trainable_token_indices")
@@ -150,8 +151,9 @@ def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> t
         indices = next((rows for layer, rows in indices.items() if f".{module}".endswith(f".{layer}")), None)
     if not indices or value.shape[:1] != (len(indices),):
         raise InputError(
-            f"{file}: {key} has shape {tuple(value.shape)}, but trainable_token_indices of adapter_config.json names "
-            f"{len(indices or ())} tokens of {module}; restore the configuration it was saved with"
+            f"{file}: {key} has shape {tuple(value.shape)}, but trainable_token_indices of "
+            f"adapter_config.json names {len(indices or ())} tokens of {module}; restore the configuration "
+            "it was saved with"
         )
     return f"{module}.weight", Change(value, rows=torch.tensor(indices))
 
@@ -159,7 +161,7 @@ def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> t
 def _read_module(
     module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
 ) -> LoraModule:
-    """LoRA, DoRA or BD-LoRA on a linear layer, a convolution or an embedding; on a base that may be altered."""
+    """LoRA, DoRA or BD-LoRA on a linear layer, a convolution or an embedding; the base may be altered."""
     embedding = "embedding_A" in parts or "embedding_B" in parts
     B, A = _pair(module, parts, "embedding_" if embedding else "", file)
     if blocks := config.get("use_bdlora"):
@@ -168,14 +170,15 @@ def _read_module(
     rank = _setting(config, "rank_pattern", "r", module, file)
     if rank != A.shape[0]:
         raise InputError(
-            f"{file}: {module} has rank {A.shape[0]} but adapter_config.json says r = {rank}, so its scale is unknown; "
-            "restore the configuration it was saved with"
+            f"{file}: {module} has rank {A.shape[0]} but adapter_config.json says r = {rank}, so its scale "
+            "is unknown; restore the configuration it was saved with"
         )
     scale = _scale(config, module, rank, file)
     magnitude = parts.get("magnitude_vector")
     if magnitude is None and config.get("use_dora"):
         raise InputError(
-            f"{file}: {module} has no lora_magnitude_vector, but adapter_config.json says DoRA; the file is incomplete"
+            f"{file}: {module} has no lora_magnitude_vector, but adapter_config.json says DoRA; the file is "
+            "incomplete"
         )
     return LoraModule(
         B,
@@ -208,8 +211,8 @@ def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tu
     for side in "AB":
         if kind + side not in parts:
             raise InputError(
-                f"{file}: {module} has {', '.join(f'lora_{part}' for part in parts)} but no lora_{kind}{side}; "
-                "the file is incomplete"
+                f"{file}: {module} has {', '.join(f'lora_{part}' for part in parts)} but no "
+                f"lora_{kind}{side}; the file is incomplete"
             )
     return parts[f"{kind}B"], parts[f"{kind}A"]
 
@@ -238,7 +241,7 @@ def _base_part(config: Mapping[str, Any], rank: int, scale: float) -> BasePart |
 
 
 def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str, file: Path) -> Any:
-    """A value that may depend on the module, with PEFT's rule for patterns."""
+    """A setting that may depend on the module, by PEFT's rule for patterns."""
     from peft.utils.other import get_pattern_key
 
     values = config[pattern] or {}

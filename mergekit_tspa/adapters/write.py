@@ -22,10 +22,10 @@ def write_adapter(
     task_type: str | None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Save updates as `adapter_model.safetensors` and, last, `adapter_config.json`, whose presence says: complete.
+    """Save updates as `adapter_model.safetensors` and, last, `adapter_config.json`, which means: complete.
 
-    The scale is baked in (`lora_alpha = r`), and smaller ranks are padded with zeros to the largest: vLLM and
-    llama.cpp read neither patterns nor more than one rank.
+    The scale is baked in (`lora_alpha = r`), and smaller ranks are padded with zeros to the largest: vLLM
+    and llama.cpp read neither patterns nor more than one rank.
 
     Args:
         updates: by module, in the orientation in which the base stores its tensor
@@ -41,7 +41,7 @@ def write_adapter(
         f = f.padded(rank).to(dtype)
         B, A = (f.A.mT, f.B.mT) if modules[name].transposed else f
         kind = "lora_embedding_{}" if modules[name].embedding else "lora_{}.weight"
-        for side, factor in (("A", A), ("B", B)):
+        for side, factor in (("B", B), ("A", A)):
             tensors[f"base_model.model.{name}.{kind.format(side)}"] = factor.contiguous().cpu()
     config = {
         "peft_type": "LORA",

@@ -1,13 +1,15 @@
 """Everything that is known of architectures, in one table.
 
-Tensors are recognised by their names, which most architectures share: the constants below list them.  What the
-models of one `model_type` have of their own is one row of `ARCHITECTURES`; its other fields keep their defaults.
-So a new architecture is one row.  This one has one tensor for the query, key and value of each head in turn, and a
-rotary embedding that turns neighbouring coordinates:
+Tensors are recognised by their names, which most architectures share: the constants below list them.  What
+is special about the models of one `model_type` is one row of `ARCHITECTURES`, whose other fields keep their
+defaults.
+
+So a new architecture is one row.  The following one has one tensor for the query, key and value of each head
+in turn, and a rotary embedding that turns neighbouring coordinates:
 
     Architecture("somemodel", fused="per head", interleaved_rope=True),
 
-and an architecture that names its projections differently adds those names to `ATTENTION_ROLES`.
+If it calls its projections by names of its own, these go into `ATTENTION_ROLES`.
 """
 
 import re
@@ -15,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# -- names of tensors ----------------------------------------------------------------------------------------------
+# -- names of tensors --------------------------------------------------------------------------------------
 
 # What a projection of an attention block is called, by the role it plays; "qkv" is one tensor for all three.
 ATTENTION_ROLES = {
@@ -43,7 +45,7 @@ EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 COMPUTED = re.compile(r"\.inv_freq$")  # old checkpoints store this buffer, and nothing reads it
 
-# -- what a model type has of its own ------------------------------------------------------------------------------
+# -- what is special about a model type --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Architecture:
     """
 
     model_type: str
-    # How query, key and value lie in one tensor: all queries, then all keys, then all values ("stacked"), or the
-    # three of each head in turn ("per head").  None: they are tensors of their own, or lie in an unknown way.
+    # How query, key and value lie in one tensor: all queries, then all keys, then all values ("stacked"), or
+    # the three of each head in turn ("per head").  None: each has its own tensor, or the layout is unknown.
     fused: Literal["stacked", "per head"] | None = None
     # Layers that are transformers' Conv1D, whose tensors are stored (d_in, d_out).
     conv1d: tuple[str, ...] = ()
@@ -100,6 +102,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def part_of(config: Mapping[str, Any], block: str = "") -> Mapping[str, Any]:
-    """The part of a configuration that describes a block of the vision tower or, for all others, the language model."""
+    """The part of a configuration that describes a block: the vision tower's, or the language model's."""
     part = "vision_config" if VISION_BLOCK.search(block) else "text_config"
     return config.get(part) or config

@@ -21,10 +21,11 @@ class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a Hugging Face model directory, sharded or not, safetensors or `.bin`.
 
     Args:
-        names: file names to look for, of the whole file or, followed by `.index.json`, of the index of its shards
+        names: file names to look for; followed by `.index.json` each is the name of the index of its shards
 
     Raises:
-        InputError: no tensors there, a damaged header or index, or an index that points out of the directory.
+        InputError: there are no tensors, a header or index is damaged, or an index points out of the
+            directory.
     """
 
     def __init__(self, directory: str | Path, names: Sequence[str] = _SINGLE):
@@ -92,7 +93,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return {name for name, (_, dtype) in self.headers.items() if _QUANTISED.match(dtype)}
 
     def config(self) -> dict[str, Any]:
-        """The model's `config.json`, completed with the defaults of its model type where transformers knows it."""
+        """The model's `config.json`, with the defaults of its model type if transformers knows that type."""
         from transformers import AutoConfig
 
         try:

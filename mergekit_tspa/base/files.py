@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_tspa.errors import InputError
 
-# Brackets would pass for the number of an expert.
+# Without brackets, because `name[3]` means expert 3 of a fused tensor.
 _TENSOR_NAME = re.compile(r"[^\[\]\x00-\x1f]{1,1000}")
 
 
@@ -33,7 +33,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Say of every exception but our own that the file is to blame."""
+    """Turn every exception into an `InputError` that names the file."""
     try:
         yield
     except InputError:
@@ -80,9 +80,10 @@ def check_name(name: Any, file: Path) -> str:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """Name a file beside `file` to write to; it takes the name of `file` when it is whole, and goes if that fails.
+    """Yield a path to write to; what is written there takes the name of `file` when it is whole.
 
-    A run that is killed leaves the earlier `file`, or none, and never a part of the new one.
+    If writing fails, it is removed.  A run that is killed leaves the earlier `file`, or none, and never a
+    part of the new one under its name.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:

@@ -1,7 +1,7 @@
 """Where the attention tensors of a base model are, and how their heads lie in them.
 
-The names of the tensors say which role each of them plays; the head counts come from the model's configuration,
-never from shapes.  `architectures.py` lists the names and the keys.
+The names of the tensors say which role each of them plays.  The head counts come from the model's
+configuration, never from shapes.  `architectures.py` lists the names and the keys.
 """
 
 import re
@@ -87,7 +87,7 @@ class AttentionGeometry(NamedTuple):
 
 
 def attention_role(tensor: str) -> tuple[str, str] | None:
-    """`(block, role)` of a tensor, role one of q, k, v, o, qkv; None when it is not a known attention tensor.
+    """`(block, role)` of a tensor, role one of q, k, v, o, qkv; None if it is not a known attention tensor.
 
     >>> attention_role("model.layers.0.self_attn.q_proj.weight")
     ('model.layers.0.self_attn', 'q')

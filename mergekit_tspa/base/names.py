@@ -10,7 +10,7 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def strip_prefixes(key: str) -> str:
-    """Remove what PEFT (possibly applied twice), torch.compile and FSDP put before and into a module's name.
+    """Remove what PEFT (even if applied twice), torch.compile and FSDP put before and into a module's name.
 
     >>> strip_prefixes("base_model.model._orig_mod.model.layers.0.mlp.up_proj.lora_A.weight")
     'model.layers.0.mlp.up_proj.lora_A.weight'
@@ -22,10 +22,10 @@ def strip_prefixes(key: str) -> str:
 
 
 class TensorNames:
-    """Looks a name up among the tensors of a checkpoint: exact, else by the longest common suffix.
+    """Looks a name up among the tensors of a checkpoint: itself, otherwise by the longest common suffix.
 
-    The suffix rule covers a missing or an extra leading `model.` and the renamed wrappers of vision-language
-    models.  Among several candidates the one that shares most parts of its path wins; a tie is no match.
+    The suffix covers a missing or an extra leading `model.` and the renamed wrappers of vision-language
+    models.  Among several candidates the one that shares most parts of its path is taken; a tie is no match.
     """
 
     def __init__(self, tensors: Collection[str]):
@@ -41,7 +41,7 @@ class TensorNames:
             return wanted
         for suffix in _suffixes(wanted):
             found = self._by_suffix.get(suffix, [])
-            # A lone `q_proj.weight` names a kind of layer, not one of them: a layer number must be part of the match.
+            # `q_proj.weight` alone names a kind of layer, not one layer: a layer number must be in the match.
             if found and (suffix == wanted or re.search(r"\.\d+\.", suffix)):
                 parts = set(wanted.split("."))
                 shared = [len(parts & set(name.split("."))) for name in found]

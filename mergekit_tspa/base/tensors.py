@@ -12,15 +12,16 @@ from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.names import TensorNames
 from mergekit_tspa.errors import InputError
 
-Index: TypeAlias = tuple[int | slice, ...]  # of a part of a tensor; (): all of it
+Index: TypeAlias = tuple[int | slice, ...]  # which part of a tensor; (): all of it
 
 
 class ModelTensors:
     """The tensors of a base model.
 
-    A checkpoint can differ from the model at run time, whose names PEFT and mergekit use: tensors are renamed,
-    and the experts of a layer, each with tensors of its own on disk, become one tensor `(experts, d_out, d_in)`.
-    Transformers' conversion tables of the model's class and type say how.
+    A checkpoint can differ from the model at run time, whose names PEFT and mergekit use.  Tensors are
+    renamed when a model is loaded, and the experts of a layer, which have tensors of their own on disk,
+    become one tensor `(experts, d_out, d_in)`.  Transformers' conversion tables of the model's class and
+    type say how.
 
     One expert of a tensor that is fused on disk is called `name[expert]`.
     """
@@ -66,9 +67,10 @@ class ModelTensors:
         if missing:
             listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise InputError(
-                f"{adapter}: {len(missing)} of {len(found)} adapted tensors match no tensor of {self.name}: {listed} "
-                f"(nearest name there: {self._names.nearest(missing[0])}); was the adapter trained on another base "
-                "model, or does it have a bias that the base does not have, or a head (save the base with that one)?"
+                f"{adapter}: {len(missing)} of {len(found)} adapted tensors match no tensor of {self.name}: "
+                f"{listed} (nearest name there: {self._names.nearest(missing[0])}); was the adapter trained "
+                "on another base model, or does it have a bias that the base does not have, or a head (save "
+                "the base with that one)?"
             )
         owner: dict[str, str] = {}
         for name, tensor in found.items():
@@ -81,7 +83,7 @@ class ModelTensors:
         return found
 
     def find(self, name: str) -> str | None:
-        """The checkpoint's tensor of that name, also of that name at run time; None when none or several fit."""
+        """The checkpoint's tensor of this name on disk or at run time; None when none or several fit."""
         whole, *expert = name.partition("[")
         tensor = self._names.find(whole)
         if tensor is None:
@@ -93,22 +95,22 @@ class ModelTensors:
         return name in self.shapes or name in self._run_time
 
     def shape(self, tensor: str) -> tuple[int, ...]:
-        """Of a tensor, or of one expert of a fused one."""
+        """The shape of a tensor, or of one expert of a fused one."""
         whole, bracket, _ = tensor.partition("[")
         return tuple(self.shapes[whole][1:] if bracket else self.shapes[whole])
 
     def part(self, tensor: str) -> Tensor:
-        """Values of a tensor, or of one expert of a fused one."""
+        """The values of a tensor, or of one expert of a fused one."""
         whole, bracket, expert = tensor.partition("[")
         return self.read(whole)[int(expert[:-1])] if bracket else self.read(whole)
 
     def find_parts(self, name: str) -> dict[str, Index]:
-        """The checkpoint's tensors that a tensor of run time is made of, and which part of it each one is."""
+        """The checkpoint's tensors that make up a tensor at run time, and which part of it each one is."""
         tensor = self._run_time_names.find(name)
         return self._run_time[tensor] if tensor else {}
 
     def places(self, tensor: str) -> dict[str, Index]:
-        """Names of tensors, on disk and at run time, that a tensor or expert is a part of, and which part."""
+        """Names of tensors, on disk and at run time, that hold a tensor or expert, and at which index."""
         whole, bracket, expert = tensor.partition("[")
         if bracket:
             return {name: (int(expert[:-1]),) for name in self.places(whole)}
@@ -125,7 +127,7 @@ class ModelTensors:
 
     @cached_property
     def _run_time(self) -> dict[str, dict[str, Index]]:
-        """`{tensor of run time: {tensor: its part}}` of the tensors whose two names differ."""
+        """`{tensor at run time: {tensor: its part}}` of the tensors whose two names differ."""
         parts: dict[str, dict[str, Index]] = {}
         for tensor in self.shapes:
             name, index = self._at_run_time(tensor)
@@ -137,7 +139,7 @@ class ModelTensors:
     def _conversions(self) -> list:
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-        # Some are those of a class, such as the head of GPTNeoXForCausalLM, others those of a kind of model.
+        # Some belong to a class, such as that of the head of GPTNeoXForCausalLM, others to a type of model.
         kinds = (*(self.config.get("architectures") or ()), self.config.get("model_type"))
         return [conversion for kind in kinds for conversion in get_checkpoint_conversion_mapping(kind) or ()]
 

@@ -1,4 +1,4 @@
-"""Merge adapters that are loaded in a PEFT model, by any method, beside PEFT's own `add_weighted_adapter`."""
+"""Merge adapters that are loaded in a PEFT model, by any method; PEFT's own is `add_weighted_adapter`."""
 
 import logging
 from collections.abc import Sequence
@@ -29,10 +29,11 @@ def add_merged_adapter(
     method: str = "core_tsv",
     **parameters,
 ) -> None:
-    """Merge adapters of a model and add the result to it as one more adapter, which is neither active nor trained.
+    """Merge adapters of a model and add the result to it as one more adapter.
 
-    It is an ordinary LoRA adapter of scale 1 on the layers that were merged, all of one rank, in the precision of
-    the adapters there; `set_adapter`, `save_pretrained`, and `delete_adapter` treat it as any other.
+    The new adapter is neither active nor trained.  It is an ordinary LoRA adapter of scale 1 on the layers
+    that were merged, all of one rank, in the precision of the adapters there; `set_adapter`,
+    `save_pretrained`, and `delete_adapter` treat it as any other.
 
     Args:
         model: adapters of any ranks and modules, none of them merged into the base.
@@ -43,8 +44,8 @@ def add_merged_adapter(
         **parameters: of the method, as in `merge_adapters`.
 
     Raises:
-        InputError: the model or an adapter is not of that kind, or what `merge_adapters` refuses; the model is
-            then as it was.
+        InputError: the model or an adapter is not of that kind, or `merge_adapters` refuses it.  The model
+            is then as it was.
     """
     _check(model, adapters, name)
     base = model.get_base_model()
@@ -108,13 +109,14 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
         more = [kind.flag for kind in kinds if not kind.in_memory]
         if more:
             raise InputError(
-                f"adapter {adapter!r} has {' and '.join(more)}, which a merge of LoRA factors would lose; save it and "
-                "merge it into a checkpoint instead, by a recipe"
+                f"adapter {adapter!r} has {' and '.join(more)}, which a merge of LoRA factors would lose; "
+                "save it and merge it into a checkpoint instead, by a recipe"
             )
         if any(kind.alters_base for kind in kinds):
             LOG.warning(
-                "adapter %r (%s) took a part out of the base's tensors, which is merged and weighted with the rest of "
-                "it; the result belongs to the tensors as they are in this model, not to the original checkpoint",
+                "adapter %r (%s) took a part out of the base's tensors, which is merged and weighted with "
+                "the rest of it; the result belongs to the tensors as they are in this model, not to the "
+                "original checkpoint",
                 adapter,
                 loaded[adapter].init_lora_weights,
             )
@@ -130,7 +132,7 @@ def _attention_context(base: torch.nn.Module) -> dict[str, Any]:
 
 
 def _pair(layer: LoraLayer, adapter: str) -> tuple[Parameter, Parameter] | None:
-    """`B (d_out, r ..)` and `A (r, d_in ..)`, where a convolution's have the dimensions of its kernel besides."""
+    """`B (d_out, r ..)` and `A (r, d_in ..)`; a convolution's have the dimensions of its kernel besides."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
     if adapter in layer.lora_A:

@@ -1,4 +1,6 @@
-"""Malformed files: each is read, or refused in one sentence that names it, in little memory and without side effects.
+"""Malformed files: each is read, or refused in one sentence that names it.
+
+Reading takes little memory and has no side effects.
 
 `pytest tests/adapters/test_fuzz.py -m slow` tries thousands of cases.
 """

@@ -1,6 +1,6 @@
-"""Tiny models of many architectures, each with two adapters on all its linear layers; PEFT's own merges are the oracle.
+"""Tiny models of many architectures, each with two adapters on all its linear layers.
 
-What the tests below find is the table "Architectures" of docs/adapters.md.
+PEFT's own merges are the oracle.  What the tests below find is the table "Architectures" of docs/adapters.md.
 """
 
 import json
@@ -34,7 +34,8 @@ from tests.conftest import (
 )
 
 WEIGHTS = [0.7, -0.4]
-# Heads are wider than hidden_size / num_attention_heads where the architecture allows it, and no two sizes are equal.
+# Heads are wider than hidden_size / num_attention_heads where the architecture allows it, and no two sizes are
+# equal.
 ENCODER = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
 ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 GROUPED = ENCODER | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -270,7 +271,7 @@ def test_other_methods_change_adapted_tensors_only_and_stage_1_attention_only(ca
 
 
 def test_attention_of_an_unknown_layout_is_named_and_can_be_left_out(tmp_path):
-    """The pooling head that a vision tower can have keeps query, key and value in one parameter of another name."""
+    """The pooling head that a vision tower can have keeps query, key and value in one parameter."""
     kind, config, *_ = ARCHITECTURES["Gemma 3, images"]
     vision = config["vision_config"] | {"vision_use_head": True}
     base = save_model(tmp_path / "base", kind, **config | {"vision_config": vision})

@@ -233,7 +233,10 @@ def norms(W):
 
 @pytest.mark.parametrize("scale", [1.0, 0.6])
 def test_dora_adapters_and_a_plain_one(scale, untied, tmp_path):
-    """`V = W + sum a_t D_t`; `m` moves by the mean of `a_t (m_t - m_0)`, the plain one with the norms of `W + D_t`."""
+    """`V = W + sum a_t D_t`, and `m` moves by the mean of `a_t (m_t - m_0)`.
+
+    The plain adapter takes part in it with the norms of `W + D_t`.
+    """
     adapters = [
         save_adapter(
             untied, tmp_path / str(i), seed=i, use_dora=i < 2, r=2 + i, target_modules=["q_proj", "up_proj"]
