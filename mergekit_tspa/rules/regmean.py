@@ -133,6 +133,9 @@ def regmean_in_rows(
     gram = stacked @ stacked.mT
     values, V = descending(gram)
     kept = values > len(gram) * torch.finfo(K[0].dtype).eps * values[0]
+    if not kept.any():
+        Q, _ = torch.linalg.qr(torch.cat(list(B), dim=1).double())
+        return Q[:, :rank], torch.zeros_like(stacked[: Q[:, :rank].shape[1]])
     to_basis = (V[:, kept] / values[kept].sqrt()).mT  # (k, R); the rows of `to_basis A` are orthonormal
     moments = [to_basis @ K_t.double() @ to_basis.mT for K_t in K]
     coordinates = (gram @ to_basis.mT).split([len(A_t) for A_t in A])  # A_t in that basis
