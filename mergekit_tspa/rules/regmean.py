@@ -116,31 +116,31 @@ def regmean_in_rows(
     `M = Y A` with `Y = (sum_t a_t [0|B_t|0] K_t)(sum_t |a_t| K_t)^-1`, where `K_t = A C_t A^T` is the second
     moment of `A x` on texts of task `t`: `R^2` numbers instead of `d_in^2`.
 
+    Solved as `regmean` in an orthonormal basis of the rows.  Where adapters share `A`, or nearly so, it
+    has only the directions that the precision of `K` tells apart.
+
     Args:
         B: left factors, of any ranks
         A: right factors
         K: `second_moment` of `X A^T`, `X` the inputs
         weights: as for `regmean`, and so is `rank`
-        ridge: `rho` of `C_t + rho m_t I`, `m_t` the mean of `C_t`'s diagonal on the rows of `A`
+        ridge: as for `regmean`, with the mean over the rows of `A`
 
     Returns:
         as `regmean`
     """
     stacked = torch.cat(list(A)).double()
     gram = stacked @ stacked.mT
-    inverse = torch.linalg.pinv(gram, hermitian=True)
-    directions = float((gram * inverse).sum())  # the rank of the stack
-    rows = []
-    S = torch.zeros_like(gram)
-    start = 0
-    for a, A_t, K_t in zip(weights.double(), A, K):
-        K_t = K_t.double()
-        moment = K_t + ridge * (K_t * inverse).sum() / max(1.0, directions) * gram
-        rows.append(a * moment[start : start + len(A_t)])
-        S += a.abs() * moment
-        start += len(A_t)
-    Q, X = _answer(B, rows, DenseMetric(S, _precision(K[0], ridge)), rank)
-    return Q, X @ stacked
+    values, V = descending(gram)
+    kept = values > len(gram) * torch.finfo(K[0].dtype).eps * values[0]
+    if not kept.any():
+        Q, _ = torch.linalg.qr(torch.cat(list(B), dim=1).double())
+        return Q[:, :rank], torch.zeros_like(stacked[: Q[:, :rank].shape[1]])
+    to_basis = (V[:, kept] / values[kept].sqrt()).mT  # (k, R); the rows of `to_basis A` are orthonormal
+    moments = [to_basis @ K_t.double() @ to_basis.mT for K_t in K]
+    coordinates = (gram @ to_basis.mT).split([len(A_t) for A_t in A])  # A_t in that basis
+    Q, X = regmean(B, coordinates, moments, weights, rank, ridge)
+    return Q, X @ to_basis @ stacked
 
 
 def second_moment(X: Tensor) -> Tensor:

@@ -500,7 +500,7 @@ class TestAce:
             assert torch.linalg.matrix_rank(Q @ X) <= most
 
     def test_isotropic_part_has_no_arbitrary_direction(self):
-        """More directions are asked for than the updates have, and fewer are theirs than they have columns."""
+        """More directions are asked for than there are, and there are fewer than columns of factors."""
         B, A = draw((2, 1), 40, 30)
         B, A = [*B, B[0]], [*A, A[0]]
         options = {"spread": -1.0, "isotropic": 1.0}

@@ -333,6 +333,29 @@ def test_bottlenecks_that_span_all_inputs_or_are_shared():
     assert relative_error(got, want) < ROUNDING
 
 
+def test_bottlenecks_of_zero():
+    normal = drawer(9)
+    X = [normal(30, 14) for _ in range(3)]
+    B, A = draw((2, 2, 2))
+    nothing = [0 * A_t for A_t in A]
+    for rank in (None, 2):
+        for left, right in ((B, nothing), ([0 * B_t for B_t in B], A)):
+            merged = product(regmean_in_rows(left, right, bottlenecks(right, X), ONES, rank))
+            assert merged.shape == (20, 14) and not merged.any()
+
+
+def test_bottlenecks_that_are_nearly_shared():
+    """What tells the rows apart is less than the rounding of the statistics."""
+    normal = drawer(9)
+    X = [normal(30, 14) for _ in range(3)]
+    B, A = draw((2, 2, 2))
+    shared = A[:1] * 3
+    nearly = [A[0] + 1e-6 * A_t for A_t in A]
+    want = product(regmean_in_rows(B, shared, bottlenecks(shared, X), ONES))
+    K = [K_t.float() for K_t in bottlenecks(nearly, X)]
+    assert relative_error(product(regmean_in_rows(B, nearly, K, ONES)), want) < 1e-4
+
+
 def test_second_moment():
     X = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
     assert torch.equal(second_moment(X), torch.tensor([[5.0, 1.0], [1.0, 2.0]]).double())
