@@ -127,7 +127,8 @@ def test_an_entry_at_a_threshold_is_kept_whatever_the_blocks(rows, scope, monkey
         (adapter,) = draw([9], seed)
         for density in (0.1, 0.5, 0.77):
             merged = dense("lora_magnitude_prune", [adapter], density=density, scope=scope)
-            assert (merged != 0).sum() == int(density * 280) + 1
+            # More are kept where magnitudes are equal, never fewer.
+            assert (merged != 0).sum() >= int(density * 280) + 1
 
 
 @pytest.mark.parametrize(

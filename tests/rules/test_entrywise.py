@@ -1,4 +1,4 @@
-"""Properties of the elementwise rules."""
+"""Properties of the entrywise rules."""
 
 import pytest
 import torch
