@@ -9,8 +9,7 @@ MERGED := build/demo/tspa_lora
 demo: $(MERGED)/mergekit_config.yml
 	$(BIN)/python examples/answers.py $(MODEL) $(MERGED)
 
-test: .venv/ready $(MODEL)/config.json
-	$(BIN)/ruff check -q . && $(BIN)/ruff format -q --check .
+test: lint $(MODEL)/config.json
 	$(BIN)/python -m pytest -n logical
 
 .venv/ready: pyproject.toml constraints.txt
@@ -32,7 +31,7 @@ wheel: .venv/ready $(MODEL)/config.json
 	rm -rf $(WHEEL)
 	$(BIN)/python -m build --no-isolation --outdir $(WHEEL)
 	$(PYTHON) -m venv $(WHEEL)/venv
-	$(WHEEL)/venv/bin/pip install -q -c constraints.txt "$$(ls $(WHEEL)/*.whl)"
+	$(WHEEL)/venv/bin/pip install -q -c constraints.txt "$$(ls $(WHEEL)/*.whl)[report]"
 	$(WHEEL)/venv/bin/mergekit-tspa check yaml_examples/core_tsv.yml
 	$(WHEEL)/venv/bin/mergekit-yaml yaml_examples/core_tsv.yml $(WHEEL)/model --quiet
 	$(WHEEL)/venv/bin/mergekit-tspa adapter yaml_examples/core_tsv.yml $(WHEEL)/adapter --quiet
@@ -40,7 +39,9 @@ wheel: .venv/ready $(MODEL)/config.json
 	ls $(WHEEL)/model/config.json $(WHEEL)/adapter/adapter_config.json $(WHEEL)/report/*.html
 
 lint: .venv/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check -q .
+	$(BIN)/ruff format -q --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf build dist

@@ -29,7 +29,9 @@ def main() -> None:
         for method in args.methods:
             recipe, out = folder / f"{method}.yml", folder / method
             parameters = {"rank": args.rank} if method in DENSE else {}
-            recipe.write_text(yaml.safe_dump({"merge_method": method, "models": models, "parameters": parameters}))
+            recipe.write_text(
+                yaml.safe_dump({"merge_method": method, "models": models, "parameters": parameters})
+            )
             seconds, peak = measure(script, "adapter", str(recipe), str(out), "--quiet")
             size = (out / "adapter_model.safetensors").stat().st_size / MiB
             print(f"| {method} | {seconds:.1f} | {peak:.0f} | {size:.0f} |", flush=True)

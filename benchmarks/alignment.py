@@ -54,7 +54,9 @@ class RepeatedLayer(Mapping[str, torch.Tensor]):
         return len(self.names)
 
 
-def adapters(count: int, rank: int, modules: str, device: str) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+def adapters(
+    count: int, rank: int, modules: str, device: str
+) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """Random adapters that share a part, as adapters of one initialisation do."""
     made = []
     for t in range(count):
@@ -62,7 +64,9 @@ def adapters(count: int, rank: int, modules: str, device: str) -> list[dict[str,
         for layer in range(LAYERS):
             for module, (d_out, d_in) in SHAPES.items():
                 if module.split(".")[1][0] in modules:
-                    shared, own = (torch.Generator().manual_seed(seed) for seed in (layer, 1000 * (t + 1) + layer))
+                    shared, own = (
+                        torch.Generator().manual_seed(seed) for seed in (layer, 1000 * (t + 1) + layer)
+                    )
                     draw = lambda *s, g: 0.02 * torch.randn(*s, generator=g)  # noqa: E731
                     B = draw(d_out, rank, g=shared) + draw(d_out, rank, g=own)
                     A = draw(rank, d_in, g=shared) + draw(rank, d_in, g=own)
@@ -89,7 +93,9 @@ def left(merged) -> str:
 def curve(device: str) -> None:
     base = RepeatedLayer(device)
     solve(base, 2, 8, "qv", device, attention_steps=1, lora_steps=1)  # warm up
-    print("| adapters | seconds | objective left (qk, ov, lora) | with tolerance 3e-4: seconds | objective left |")
+    print(
+        "| adapters | seconds | objective left (qk, ov, lora) | with tolerance 3e-4: seconds | objective left |"
+    )
     print("|---|---|---|---|---|")
     seconds, early = {}, {}
     for n in (2, 4, 8, 16, 32):
@@ -132,7 +138,9 @@ def dense(_device: str, n: int = 4, rank: int = 8) -> None:
     _dense_lora(n, rank, width=4096, steps=40, repeat=50)
 
 
-def descend(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, steps: int) -> tuple[float, float]:
+def descend(
+    loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, steps: int
+) -> tuple[float, float]:
     """Seconds and final value of plain minimisation by autograd."""
     start = time.perf_counter()
     first = loss().item()
@@ -222,24 +230,38 @@ def merge(_device: str, runs: int = 3) -> None:
                 recipe = folder / "recipe.yml"
                 models = [{"model": f"{base}+{a}"} for a in given]
                 recipe.write_text(
-                    yaml.safe_dump({"merge_method": method.split()[0], "models": models, "parameters": parameters})
+                    yaml.safe_dump(
+                        {"merge_method": method.split()[0], "models": models, "parameters": parameters}
+                    )
                 )
-                result = measure(script, str(recipe), str(folder / "out"), "--out-shard-size", "250M", "--quiet")
+                result = measure(
+                    script, str(recipe), str(folder / "out"), "--out-shard-size", "250M", "--quiet"
+                )
                 if turn:
                     seen[method].append(result)
     wall, peak = ({m: statistics.median(r[i] for r in seen[m]) for m in methods} for i in (0, 1))
     plain = "lora_task_arithmetic"
-    print("| method | seconds | against task arithmetic | peak MiB | against task arithmetic |\n|---|---|---|---|---|")
+    print(
+        "| method | seconds | against task arithmetic | peak MiB | against task arithmetic |\n|---|---|---|---|---|"
+    )
     for m in methods:
-        print(f"| {m} | {wall[m]:.1f} | {wall[m] / wall[plain]:.2f} | {peak[m]:.0f} | {peak[m] / peak[plain]:.2f} |")
+        print(
+            f"| {m} | {wall[m]:.1f} | {wall[m] / wall[plain]:.2f} | {peak[m]:.0f} | {peak[m] / peak[plain]:.2f} |"
+        )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="+", choices=("curve", "large", "dense", "merge"))
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    where = (
+        torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else f"{torch.get_num_threads()} CPU threads"
+    )
     print(f"{date.today()}, {platform.machine()}, {where}; python {' '.join(sys.argv)}\n", flush=True)
     for what in args.what:
         {"curve": curve, "large": large, "dense": dense, "merge": merge}[what](args.device)

@@ -38,7 +38,9 @@ def make_full(base: Path, adapter: Path, noise: float, path: Path) -> Path:
     weights = {name: W for name, W in model.named_parameters() if W.ndim == 2 and "embed" not in name}
     lora, tensors = read_adapter(adapter).fit(ModelTensors.of(str(base), Checkpoint(base)))
     updates = {name: lora.factors(module).dense() for name, module in tensors.items()}
-    energy = sum(update.square().sum() for update in updates.values()) / sum(W.numel() for W in weights.values())
+    energy = sum(update.square().sum() for update in updates.values()) / sum(
+        W.numel() for W in weights.values()
+    )
     with torch.no_grad():
         for name, W in weights.items():
             W += updates.get(name, 0) + (noise * energy).sqrt() * torch.randn_like(W)
@@ -51,7 +53,9 @@ def ours(base: Path, full: Path, rank: int, out: Path) -> None:
     sides = (ModelTensors.of(str(path), Checkpoint(path)) for path in (full, base))
     adapter = extract_adapter(str(full), *sides, Extraction(rank))
     factors = {module: adapter.factors(module) for module in adapter.modules}
-    save_file({f"{m}.{side}": getattr(f, side).contiguous() for m, f in factors.items() for side in "AB"}, out)
+    save_file(
+        {f"{m}.{side}": getattr(f, side).contiguous() for m, f in factors.items() for side in "AB"}, out
+    )
 
 
 def seconds(*command: str | Path) -> float:
@@ -75,7 +79,9 @@ def error(base: Path, full: Path, factors: dict[str, tuple[torch.Tensor, torch.T
 
 def main() -> None:
     root = Path(__file__).parent.parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, default=root / "build/models/SmolLM2-135M-Instruct")
     parser.add_argument("--adapter", type=Path, default=root / "examples/adapters/math")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.01, 1.0])
@@ -89,7 +95,9 @@ def main() -> None:
 
     stock_command = Path(sys.executable).parent / "mergekit-extract-lora"
     own_command = [sys.executable, __file__, "--base", args.base]
-    started = [statistics.median(seconds(*c, "--help") for _ in range(3)) for c in ([stock_command], own_command)]
+    started = [
+        statistics.median(seconds(*c, "--help") for _ in range(3)) for c in ([stock_command], own_command)
+    ]
     threads = os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())
     lines = [
         f"`python {' '.join(sys.argv)}`, {date.today()}, {platform.machine()}, {threads} CPU threads; seconds: median "
@@ -111,7 +119,9 @@ def main() -> None:
                 took = [statistics.median(t) for t in zip(*times)]
                 work = [t - s for t, s in zip(took, started)]
                 saved = load_file(our_out)
-                factors = {key[:-2]: (saved[f"{key[:-2]}.B"], saved[key]) for key in saved if key.endswith(".A")}
+                factors = {
+                    key[:-2]: (saved[f"{key[:-2]}.B"], saved[key]) for key in saved if key.endswith(".A")
+                }
                 extracted = read_adapter(stock_out)
                 errors = [
                     error(args.base, full, {module: extracted.factors(module) for module in factors}),

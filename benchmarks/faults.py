@@ -49,7 +49,9 @@ def suite(file: str, *options: str) -> tuple[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=60, help="of each command")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/reliability.md")
     args = parser.parse_args()
@@ -64,11 +66,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         base = save_llama(folder / "base")
-        adapters = [save_adapter(base, folder / f"adapter{i}", seed=i, target_modules="all-linear") for i in (1, 2)]
+        adapters = [
+            save_adapter(base, folder / f"adapter{i}", seed=i, target_modules="all-linear") for i in (1, 2)
+        ]
         for name, task in tasks(folder, base, adapters).items():
             whole, incomplete, seconds = kill(task, args.kills)
             left = f"left whole {whole}, visibly incomplete {incomplete}; done again, the same bytes"
-            lines.append(f"| `{name}` killed | {args.kills} | {whole + incomplete} | {seconds:.0f} | {left} |")
+            lines.append(
+                f"| `{name}` killed | {args.kills} | {whole + incomplete} | {seconds:.0f} | {left} |"
+            )
     table = "\n".join(lines)
     marked = re.compile(r"(<!-- benchmarks/faults.py -->\n).*?(<!-- end -->)", re.DOTALL)
     text = args.out.read_text(encoding="utf-8")

@@ -54,7 +54,9 @@ def entry_point_cost(runs: int = 9) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--adapters", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
@@ -73,7 +75,9 @@ def main() -> None:
         shard = max(f.stat().st_size for f in base.glob("*.safetensors")) / MiB
         files = sum((a / "adapter_model.safetensors").stat().st_size for a in adapters) / MiB
         bound = imported + shard + files + 1024
-        print(f"importing mergekit {imported:.0f} MiB, largest base shard {shard:.0f} MiB, adapters {files:.0f} MiB")
+        print(
+            f"importing mergekit {imported:.0f} MiB, largest base shard {shard:.0f} MiB, adapters {files:.0f} MiB"
+        )
         print("\n| method | peak MiB | above import | bound (import + shard + adapters + 1 GiB) | seconds |")
         print("|---|---|---|---|---|")
         for method in METHODS:
@@ -81,8 +85,12 @@ def main() -> None:
             models = [{"model": f"{base}+{a}"} for a in adapters]
             recipe.write_text(yaml.safe_dump({"merge_method": method, "models": models}))
             script = str(Path(sys.executable).parent / "mergekit-yaml")
-            seconds, peak = measure(script, str(recipe), str(folder / method), "--out-shard-size", "250M", "--quiet")
-            print(f"| {method} | {peak:.0f} | {peak - imported:.0f} | {bound:.0f} | {seconds:.1f} |", flush=True)
+            seconds, peak = measure(
+                script, str(recipe), str(folder / method), "--out-shard-size", "250M", "--quiet"
+            )
+            print(
+                f"| {method} | {peak:.0f} | {peak - imported:.0f} | {bound:.0f} | {seconds:.1f} |", flush=True
+            )
 
 
 if __name__ == "__main__":

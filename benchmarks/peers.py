@@ -90,7 +90,9 @@ def compare_dense() -> None:
     print("| method | seconds | on dense updates | times faster |\n|---|---|---|---|")
     merge_adapters("core_ties", given)  # threads and libraries awake
     for method in IN_FACTORS:
-        fast = statistics.median(timed(lambda method=method: merge_adapters(method, given))[0] for _ in range(3))
+        fast = statistics.median(
+            timed(lambda method=method: merge_adapters(method, given))[0] for _ in range(3)
+        )
         slow, _ = timed(peers[method])
         print(f"| {method} | {fast:.3f} | {slow:.1f} | {slow / fast:.0f} |", flush=True)
 
@@ -116,7 +118,9 @@ def memory() -> None:
     for method in [m for m in METHODS if METHODS[m].result.dense] + IN_SMALL:
         cells = []
         for n in (2, 8, 32):
-            child = subprocess.run([sys.executable, "-c", _CHILD, method, str(n)], capture_output=True, text=True)
+            child = subprocess.run(
+                [sys.executable, "-c", _CHILD, method, str(n)], capture_output=True, text=True
+            )
             if child.returncode:
                 sys.exit(child.stderr)
             cells.append("{:.2f} ({:.1f} s)".format(*map(float, child.stdout.split())))
@@ -127,13 +131,22 @@ def sets() -> None:
     shapes = {
         f"{layer}.{name}": shape
         for layer in range(32)
-        for name, shape in (("q", (4096, 4096)), ("k", (1024, 4096)), ("v", (1024, 4096)), ("o", (4096, 4096)))
+        for name, shape in (
+            ("q", (4096, 4096)),
+            ("k", (1024, 4096)),
+            ("v", (1024, 4096)),
+            ("o", (4096, 4096)),
+        )
     }
     given = adapters(6, 16, shapes)
-    print("\nq, k, v, o of 32 layers with the shapes of Llama-3-8B, 6 adapters of rank 16: seconds for the merge\n")
+    print(
+        "\nq, k, v, o of 32 layers with the shapes of Llama-3-8B, 6 adapters of rank 16: seconds for the merge\n"
+    )
     print("| method | seconds |\n|---|---|")
     for method in ("core_tsv", "ctm_ties", "ctm_tsv", "core_ties", "knots_ties", "lora_task_arithmetic"):
-        print(f"| {method} | {timed(lambda method=method: merge_adapters(method, given))[0]:.1f} |", flush=True)
+        print(
+            f"| {method} | {timed(lambda method=method: merge_adapters(method, given))[0]:.1f} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,9 @@ SETTINGS = [  # method, weight, parameters
     ("tspa", 1.0, {"lora_target": "aligned"}),
 ]
 # Rules that do not depend on the basis are one method under three names.
-SAME = {f"{space}_{rule}" for space in ("knots", "core") for rule in ("task_arithmetic", "mean", "iso", "cart")}
+SAME = {
+    f"{space}_{rule}" for space in ("knots", "core") for rule in ("task_arithmetic", "mean", "iso", "cart")
+}
 SAME |= {"lora_tsv", "knots_tsv"}
 
 
@@ -78,7 +80,9 @@ def score(scorer: Path, base: Path, n: int, models: list[Path]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--scorer", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
@@ -94,7 +98,9 @@ def main() -> None:
         for batch in (todo[start : start + BATCH] for start in range(0, len(todo), BATCH)):
             with tempfile.TemporaryDirectory() as work:
                 outs = [Path(work, str(i)) for i in range(len(batch))]
-                done = [merge(args.base, sorted(folder.iterdir()), out, *row) for out, row in zip(outs, batch)]
+                done = [
+                    merge(args.base, sorted(folder.iterdir()), out, *row) for out, row in zip(outs, batch)
+                ]
                 scored = score(args.scorer, args.base, args.n, [out for out, ok in zip(outs, done) if ok])
             merged = [row for row, ok in zip(batch, done) if ok]
             known.update({label(*row): loss for row, loss in zip(merged, scored)})

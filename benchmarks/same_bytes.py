@@ -32,7 +32,14 @@ SETTINGS = (
     {"lora_steps": 20, "attention_steps": 10, "adapter": True},
     {"scope": "model", "lora_steps": 20, "attention_steps": 10, "rank": 4, "k": 2, "c": 1, "seed": 7},
     {"pico": True, "svc": True, "lambda": 0.7, "convention": "peft", "balance": True, "elect": "count"},
-    {"normalize": False, "convention": "mergekit", "beta": 0.5, "variant": "v1", "common_fraction": 0.8, "lambda": 2.0},
+    {
+        "normalize": False,
+        "convention": "mergekit",
+        "beta": 0.5,
+        "variant": "v1",
+        "common_fraction": 0.8,
+        "lambda": 2.0,
+    },
     {"take": "max", "align_space": "input", "lora_target": "aligned", "target_scale": 2.0, "solver": "geoopt"}
     | {"lora_steps": 5, "attention_steps": 5},
 )
@@ -48,10 +55,14 @@ def sets(folder: Path) -> dict[str, tuple[Path, list[Path]]]:
         tiny.save_adapter(llama, folder / "three", seed=3, r=6, use_rslora=True, target_modules="all-linear"),
     ]
     equal = [
-        tiny.save_adapter(llama, folder / f"e{seed}", seed=seed, target_modules="all-linear") for seed in (1, 2, 3)
+        tiny.save_adapter(llama, folder / f"e{seed}", seed=seed, target_modules="all-linear")
+        for seed in (1, 2, 3)
     ]
     conv1d = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
-    dora = [tiny.save_adapter(gpt2, folder / f"d{seed}", seed=seed, use_dora=seed == 2, **conv1d) for seed in (1, 2)]
+    dora = [
+        tiny.save_adapter(gpt2, folder / f"d{seed}", seed=seed, use_dora=seed == 2, **conv1d)
+        for seed in (1, 2)
+    ]
     return {"unequal": (llama, unequal), "equal": (llama, equal), "gpt2": (gpt2, dora)}
 
 
@@ -90,25 +101,33 @@ def merges(folder: Path) -> dict[str, dict[str, str]]:
                 config = tiny.recipe(method, base, adapters, weights, parameters=parameters)
                 found[label] = stock(config, out)
                 parameters.pop("adapter", None)
-                found[f"{label} python"] = python(method, adapters, weights[: len(adapters)], base, parameters)
+                found[f"{label} python"] = python(
+                    method, adapters, weights[: len(adapters)], base, parameters
+                )
             print(f"{name} {number}: {len(found)} merges", file=sys.stderr, flush=True)
     return found
 
 
 def stock(config: dict, out: Path) -> dict[str, str]:
     result = tiny.merge(config, out)
-    found = written(out) if result.exit_code == 0 else {"error": str(result.output or result.exception)[-300:]}
+    found = (
+        written(out) if result.exit_code == 0 else {"error": str(result.output or result.exception)[-300:]}
+    )
     shutil.rmtree(out, ignore_errors=True)
     return found
 
 
-def python(method: str, adapters: list[Path], weights: list[float], base: Path, parameters: dict) -> dict[str, str]:
+def python(
+    method: str, adapters: list[Path], weights: list[float], base: Path, parameters: dict
+) -> dict[str, str]:
     try:
         merged = merge_adapters(method, adapters, weights, base=base, **parameters)
     except ValueError as error:
         return {"error": str(error)}
     W = tiny.base_tensors(base)
-    applied = {name: update.apply_to(W[f"{name}.weight"]) for name, update in merged.items() if f"{name}.weight" in W}
+    applied = {
+        name: update.apply_to(W[f"{name}.weight"]) for name, update in merged.items() if f"{name}.weight" in W
+    }
     return {name: digest(tensor.detach().contiguous().numpy().tobytes()) for name, tensor in applied.items()}
 
 
@@ -127,7 +146,9 @@ def examples(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("record", "compare"))
     parser.add_argument("file", type=Path)
     args = parser.parse_args()

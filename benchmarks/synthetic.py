@@ -103,7 +103,9 @@ def _config(layers: int, vocabulary: int, **shape) -> dict:
     }
 
 
-def write_adapters(path: Path, count: int, layers: int, rank: int, modules: tuple[str, ...], **shape) -> Iterator[Path]:
+def write_adapters(
+    path: Path, count: int, layers: int, rank: int, modules: tuple[str, ...], **shape
+) -> Iterator[Path]:
     """bf16 PEFT adapters with random factors."""
     shapes = {m: s for m, s in linear_shapes(**shape).items() if m.split(".")[-1] in modules}
     for t in range(count):
@@ -125,7 +127,9 @@ def write_adapters(path: Path, count: int, layers: int, rank: int, modules: tupl
 
 
 @contextmanager
-def large_adapters(doc: str, methods: Sequence[str]) -> Iterator[tuple[Path, Path, list[Path], argparse.Namespace]]:
+def large_adapters(
+    doc: str, methods: Sequence[str]
+) -> Iterator[tuple[Path, Path, list[Path], argparse.Namespace]]:
     """A folder, in it a sparse base of Llama-3-8B's shapes and adapters on its q, k, v and o; the command line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=8)

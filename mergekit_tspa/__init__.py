@@ -5,6 +5,7 @@ Only the standard library is imported here: torch loads this package at the end 
 """
 
 from importlib import import_module
+from typing import Any
 
 from mergekit_tspa._startup import install
 
@@ -22,7 +23,7 @@ _LAZY = {
 __all__ = [*_LAZY, "install"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

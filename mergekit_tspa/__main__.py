@@ -1,3 +1,5 @@
+"""`python -m mergekit_tspa` is `mergekit-tspa`."""
+
 from mergekit_tspa.commands.main import main
 
 main()

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """The recipe or one of its files cannot be merged; the message is one sentence with the cause and the way out.
+    """The recipe or one of its files cannot be merged; one sentence says the cause and the way out.
 
-    Library users catch it as a `ValueError`.  Commands print `Error: <message>` and exit with 1 instead of showing a
-    traceback.
+    Library users catch it as a `ValueError`.  Commands print `Error: <message>` and exit with 1 instead of
+    showing a traceback.
     """
 
     def __init__(self, message: str):

@@ -21,12 +21,12 @@ class Bar:
         return self
 
     def update(self, stage: str, done: float, left: float | None = None) -> None:
+        """Show that a fraction of a stage is done, and which fraction of an objective is left."""
         if stage != self.stage:
             self.__exit__()
             self.stage = stage
-            self.bar = tqdm.tqdm(
-                desc=stage, total=100, leave=False, disable=self.quiet, bar_format="{l_bar}{bar}| {elapsed}{postfix}"
-            )
+            form = "{l_bar}{bar}| {elapsed}{postfix}"
+            self.bar = tqdm.tqdm(desc=stage, total=100, leave=False, disable=self.quiet, bar_format=form)
         if left is not None:
             self.bar.set_postfix_str(f"{left:.3g} of the objective left", refresh=False)
         self.bar.update(100 * done - self.bar.n)

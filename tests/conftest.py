@@ -43,7 +43,9 @@ def save_llama(path: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **
 def save_gpt2(path: Path) -> Path:
     """A GPT-2, whose weights are stored transposed."""
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)).save_pretrained(path)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    ).save_pretrained(path)
     return path
 
 
@@ -56,7 +58,12 @@ def load_model(path: Path, **options):
 def save_adapter(base: Path, path: Path, seed: int = 1, save_embedding_layers="auto", **config) -> Path:
     """A PEFT adapter with random values of all it trains, large enough to matter beside the base weights."""
     torch.manual_seed(seed)
-    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"} | config
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    } | config
     model = get_peft_model(load_model(base), LoraConfig(**config))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "lora_" in name:

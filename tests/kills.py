@@ -79,7 +79,9 @@ def tasks(folder: Path, base: Path, adapters: list[Path]) -> dict[str, Task]:
     from mergekit_tspa.plugin import adapter_output as adapter
 
     emr = folder / "emr"
-    plain, single = (write_recipe(folder / f"{m}.yml", recipe(m, base, adapters)) for m in ("core_tsv", "lora_emr"))
+    plain, single = (
+        write_recipe(folder / f"{m}.yml", recipe(m, base, adapters)) for m in ("core_tsv", "lora_emr")
+    )
     first = recipe("core_tsv", base, adapters) | {"name": "first"}
     final = {
         "merge_method": "linear",
@@ -90,9 +92,18 @@ def tasks(folder: Path, base: Path, adapters: list[Path]) -> dict[str, Task]:
     out = {name: folder / name for name in ("yaml", "multi", "adapter", "task")}
     small = ["--no-copy-tokenizer", "--out-shard-size", "40K"]
     # mergekit writes the model card last, and takes an intermediate model without one for finished.
-    together = ["--out-path", str(out["multi"] / "final"), "-I", str(out["multi"]), *small, "--no-write-model-card"]
+    together = [
+        "--out-path",
+        str(out["multi"] / "final"),
+        "-I",
+        str(out["multi"]),
+        *small,
+        "--no-write-model-card",
+    ]
     return {
-        "mergekit-yaml": Task(run_yaml.main, [str(plain), str(out["yaml"]), *small], out["yaml"], model_complete),
+        "mergekit-yaml": Task(
+            run_yaml.main, [str(plain), str(out["yaml"]), *small], out["yaml"], model_complete
+        ),
         "mergekit-multi": Task(multimerge.main, [str(several), *together], out["multi"], all_complete),
         "mergekit-tspa adapter": Task(
             adapter.main, [str(plain), str(out["adapter"])], out["adapter"], adapter_complete
@@ -131,7 +142,9 @@ def finish(task: Task, prepare: Callable[[], None] = lambda: None) -> None:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()
+    }
 
 
 def kill(task: Task, times: int, seed: int = 0) -> Outcome:

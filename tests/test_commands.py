@@ -4,11 +4,14 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from mergekit_tspa.commands import method_table
 from mergekit_tspa.commands.main import main
 from tests.conftest import ROOT, merge, peft_merged, recipe, relative_error, run, write_recipe
 from tests.plugin.test_merge import check, weighted_target
@@ -20,7 +23,9 @@ def test_mergekit_yaml(llama, adapters, tmp_path):
     home.mkdir()
     file = write_recipe(tmp_path / "r.yml", recipe("lora_task_arithmetic", llama, adapters, [1.0, 0.5, 0.25]))
     before = {p: p.stat().st_mtime_ns for p in llama.parent.rglob("*")}
-    result = run("mergekit-yaml", file, tmp_path / "out", "--no-copy-tokenizer", HF_HOME=str(home), HOME=str(home))
+    result = run(
+        "mergekit-yaml", file, tmp_path / "out", "--no-copy-tokenizer", HF_HOME=str(home), HOME=str(home)
+    )
     assert result.returncode == 0, result.stderr
     check(load_file(tmp_path / "out/model.safetensors"), weighted_target(llama, adapters, [1.0, 0.5, 0.25]))
     files = {p.name for p in (tmp_path / "out").iterdir()}
@@ -32,7 +37,7 @@ def test_mergekit_yaml(llama, adapters, tmp_path):
 
 
 def test_mergekit_multi(llama, adapters, tmp_path):
-    """Two LoRA merges feed a third one, which adds an adapter to the first and averages stock-wise with the second."""
+    """Two LoRA merges feed a third, which adds an adapter to the first and is averaged with the second."""
     ref = lambda base, a: {"model": {"path": str(base)}, "lora": {"path": str(a)}}  # noqa: E731
     first = recipe("lora_task_arithmetic", llama, adapters[:2], [1.0, 0.5], name="first")
     second = recipe("factor_linear", llama, [adapters[2]], name="second")
@@ -47,7 +52,15 @@ def test_mergekit_multi(llama, adapters, tmp_path):
         "models": [{"model": m, "parameters": {"weight": 0.5}} for m in ("third", "second")],
     }
     file = write_recipe(tmp_path / "r.yml", [first, second, third, final])
-    command = ("mergekit-multi", file, "-I", tmp_path / "parts", "--out-path", tmp_path / "out", "--no-copy-tokenizer")
+    command = (
+        "mergekit-multi",
+        file,
+        "-I",
+        tmp_path / "parts",
+        "--out-path",
+        tmp_path / "out",
+        "--no-copy-tokenizer",
+    )
     result = run(*command)
     assert result.returncode == 0, result.stderr
     target = weighted_target(llama, adapters, [0.5, 0.25, 1.0])
@@ -81,7 +94,7 @@ def test_bad_input_of_the_stock_command(llama, adapters, tmp_path):
 
 
 def test_fallback_command_without_the_entry_point(llama, adapters, tmp_path):
-    """With torch's autoload off the stock command does not know the method; `mergekit-tspa yaml` still does."""
+    """With torch's autoload off the stock command lacks the method; `mergekit-tspa yaml` still has it."""
     file = write_recipe(tmp_path / "r.yml", recipe("lora_task_arithmetic", llama, adapters[:1]))
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     stock = run("mergekit-yaml", file, tmp_path / "stock", "--no-copy-tokenizer", **off)
@@ -119,6 +132,35 @@ def test_own_commands():
     assert unknown.exit_code == 1 and "core_tsv" in unknown.output
 
 
+def test_kept_table():
+    """After a change of the method table: `python -m mergekit_tspa.commands.method_table`."""
+    assert method_table.kept() == method_table.made()
+
+
+def test_light_commands_import_no_library():
+    """The table and the help take no second."""
+    code = (
+        "import sys; from mergekit_tspa.commands.main import main\n"
+        "main(['methods'], standalone_mode=False); main(['--help'], standalone_mode=False)\n"
+        "heavy = {'mergekit', 'peft', 'pydantic', 'torch', 'transformers'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert "core_" in result.stdout
+
+
+def test_a_report_needs_its_extra(adapters, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("page", "pictures"):
+        monkeypatch.delitem(sys.modules, f"mergekit_tspa.insight.{name}", raising=False)
+    result = CliRunner().invoke(main, ["inspect", str(adapters[0]), "--out", str(tmp_path / "report")])
+    assert result.exit_code == 1
+    assert "matplotlib" in result.output
+    assert "pip install 'mergekit-tspa[report]'" in result.output
+    assert not (tmp_path / "report").exists()
+
+
 def test_every_method_is_in_the_table_and_the_readme_has_it():
     """To renew the README's table: `mergekit-tspa methods --markdown`."""
     from mergekit_tspa import METHODS
@@ -136,7 +178,7 @@ def test_every_method_is_in_the_table_and_the_readme_has_it():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "yaml_examples").glob("*.yml")), ids=lambda p: p.stem)
 def test_example_recipes_are_valid(file):
-    """mergekit reads each document, and ours pass the check of parameters; the runs are in test_real_model."""
+    """mergekit reads each document, and ours pass the check of parameters; test_real_model runs them."""
     import yaml
     from mergekit.config import MergeConfiguration
 

@@ -28,7 +28,9 @@ def add_row(file, table: str, code: str) -> None:
         if isinstance(node, ast.Assign | ast.AnnAssign)
         and table in {getattr(target, "id", "") for target in getattr(node, "targets", None) or [node.target]}
     )
-    first = next(node.lineno for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import | ast.Assign))
+    first = next(
+        node.lineno for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import | ast.Assign)
+    )
     lines[end - 1 : end - 1] = row
     lines[first - 1 : first - 1] = imports
     file.write_text("\n".join(lines) + "\n")

@@ -16,21 +16,35 @@ def every_method(tmp_path_factory):
     folder = tmp_path_factory.mktemp("every")
     base = save_llama(folder / "base")
     save_tokenizer(base)
-    adapters = [save_adapter(base, folder / f"a{seed}", seed=seed, target_modules="all-linear") for seed in (1, 2, 3)]
+    adapters = [
+        save_adapter(base, folder / f"a{seed}", seed=seed, target_modules="all-linear") for seed in (1, 2, 3)
+    ]
     recipes = []
     for name, method in METHODS.items():
-        wanted = {"scope": "model", "lora_steps": 20, "attention_steps": 10, "rank": 4, "k": 2, "c": 1, "adapter": True}
+        wanted = {
+            "scope": "model",
+            "lora_steps": 20,
+            "attention_steps": 10,
+            "rank": 4,
+            "k": 2,
+            "c": 1,
+            "adapter": True,
+        }
         parameters = {key: wanted[key] for key in wanted if key in {"adapter", *method.parameter_fields()}}
         if name.endswith("_emr") and name != "ctm_emr":
             del parameters["rank"]  # their masks are those of the whole rank
-        recipes.append(recipe(name, base, adapters, [1.0, 0.5, 0.8], name=f"{name}-merge", parameters=parameters))
+        recipes.append(
+            recipe(name, base, adapters, [1.0, 0.5, 0.8], name=f"{name}-merge", parameters=parameters)
+        )
     return write_recipe(folder / "every.yml", recipes)
 
 
 def written(every_method, out, *options, **env):
     result = run("mergekit-multi", every_method, "-I", out, "--quiet", *options, **env)
     assert result.returncode == 0, result.stderr
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()
+    }
 
 
 def test_same_files_twice(every_method, tmp_path):
@@ -40,7 +54,9 @@ def test_same_files_twice(every_method, tmp_path):
     assert first.keys() == second.keys()
     assert {name.split("/")[0] for name in first} == {f"{name}-merge" for name in METHODS}
     assert [name for name in first if first[name] != second[name]] == []
-    assert sum(name.endswith("adapter_model.safetensors") for name in first) == len(METHODS) - 1  # lora_emr's is dense
+    assert (
+        sum(name.endswith("adapter_model.safetensors") for name in first) == len(METHODS) - 1
+    )  # lora_emr's is dense
 
 
 def test_same_tensors_by_one_or_two_writers(every_method, tmp_path):
@@ -76,5 +92,9 @@ def test_the_card_names_what_is_needed_to_do_it_again(every_method, tmp_path):
         text = (tmp_path / "out" / card).read_text()
         for package in ("mergekit-tspa", "mergekit", "torch"):
             assert f"{package} {version(package)}" in text
-        assert "seed 42" in text and "[DARE-TIES](https://arxiv.org/abs/2311.03099)" in text and "/a2 | 0.5 |" in text
+        assert (
+            "seed 42" in text
+            and "[DARE-TIES](https://arxiv.org/abs/2311.03099)" in text
+            and "/a2 | 0.5 |" in text
+        )
         assert "merge_method: lora_dare_ties" in text

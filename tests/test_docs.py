@@ -47,7 +47,9 @@ def folder(tmp_path_factory):
     from safetensors.torch import save_file
 
     merged = peft_merged(base, folder / "adapters/code")
-    save_file({k: v.contiguous() for k, v in merged.items() if k != "lm_head.weight"}, tuned / "model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in merged.items() if k != "lm_head.weight"}, tuned / "model.safetensors"
+    )
     shutil.copytree(base, folder / "HuggingFaceTB/SmolLM2-135M-Instruct")
     return folder
 

@@ -42,12 +42,17 @@ def conv1d(gpt2, tmp_path_factory) -> list[Path]:
     """On GPT-2's Conv1D layers and its embedding of positions."""
     folder = tmp_path_factory.mktemp("conv1d")
     kinds = [{"r": 2, "target_modules": ["c_attn", "wpe"]}, {"r": 3, "target_modules": ["c_attn", "c_proj"]}]
-    return [save_adapter(gpt2, folder / str(i), seed=i, fan_in_fan_out=True, **kind) for i, kind in enumerate(kinds)]
+    return [
+        save_adapter(gpt2, folder / str(i), seed=i, fan_in_fan_out=True, **kind)
+        for i, kind in enumerate(kinds)
+    ]
 
 
 def layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     named = model.get_base_model().named_modules()
-    return {n: m for n, m in named if isinstance(m, LoraLayer) and adapter in (*m.lora_A, *m.lora_embedding_A)}
+    return {
+        n: m for n, m in named if isinstance(m, LoraLayer) and adapter in (*m.lora_A, *m.lora_embedding_A)
+    }
 
 
 def deltas(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -169,7 +174,10 @@ def test_convolutions_in_a_model_without_configuration():
 
 @pytest.mark.parametrize("base", ["llama", "gpt2"])
 def test_forward_save_and_load(base, tmp_path, request):
-    path, given = request.getfixturevalue(base), request.getfixturevalue({"llama": "adapters", "gpt2": "conv1d"}[base])
+    path, given = (
+        request.getfixturevalue(base),
+        request.getfixturevalue({"llama": "adapters", "gpt2": "conv1d"}[base]),
+    )
     model = load(path, given)
     alone = outputs(model)
     names = ["a", "b", "c"][: len(given)]
@@ -202,7 +210,10 @@ def test_head_on_tied_embeddings_and_half_precision(llama, tmp_path):
 def test_adapters_that_altered_the_base(tmp_path, init, caplog):
     """Their part of the base is not taken out once more, and is back with the merged adapter."""
     base = save_llama(tmp_path / "base", tie_word_embeddings=False)
-    given = [save_adapter(base, tmp_path / "plain"), save_adapter(base, tmp_path / init, init_lora_weights=init)]
+    given = [
+        save_adapter(base, tmp_path / "plain"),
+        save_adapter(base, tmp_path / init, init_lora_weights=init),
+    ]
     model = load(base, given)
     before = state(model)
     add_merged_adapter(model, ["a", "b"], "merged", method="lora_task_arithmetic")

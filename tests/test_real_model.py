@@ -73,7 +73,13 @@ def test_recipe(name, base, tmp_path, monkeypatch):
 def test_multi_recipe(base, tmp_path):
     """Two LoRA merges on the real model feed a stock merge."""
     result = run(
-        "mergekit-multi", "yaml_examples/multi.yml", "-I", tmp_path / "parts", "--out-path", tmp_path / "out", "--quiet"
+        "mergekit-multi",
+        "yaml_examples/multi.yml",
+        "-I",
+        tmp_path / "parts",
+        "--out-path",
+        tmp_path / "out",
+        "--quiet",
     )
     assert result.returncode == 0, result.stderr
     parts = [load_file(tmp_path / f"parts/{name}/model.safetensors") for name in ("reasoning", "manners")]

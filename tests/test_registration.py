@@ -42,7 +42,9 @@ def test_editable():
 
 def test_wheel(wheel, tmp_path):
     """Installed beside the environment and put first on the path."""
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, wheel], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path, wheel], check=True
+    )
     assert python(REGISTERED, PYTHONPATH=str(tmp_path)) == f"{tmp_path}/mergekit_tspa/__init__.py True"
     assert (tmp_path / "mergekit_tspa/py.typed").exists()
 

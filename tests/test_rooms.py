@@ -1,11 +1,16 @@
-"""Which package may import what."""
+"""Which package may import what, and how files are called."""
 
 import ast
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-PACKAGE = Path(__file__).parent.parent / "mergekit_tspa"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mergekit_tspa"
+FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = {"errors", "linalg", "updates"}
 ALLOWED = {  # room -> rooms of this package it may import
     "base": {"base", *CORE},
@@ -17,6 +22,27 @@ ALLOWED = {  # room -> rooms of this package it may import
     "merging": {"merging", "methods", "adapters", "base", "alignment", "spaces", "rules", *CORE},
     "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
 }
+
+MODULES = {"pyyaml": "yaml"}  # distributions whose module has another name
+REPORT_FILES = {"insight/page.py", "insight/pictures.py"}  # of the extra `report`
+
+
+def place(file: Path) -> str:
+    return file.relative_to(PACKAGE).as_posix()
+
+
+def tops(file: Path) -> set[str]:
+    """What a file imports from outside the package and the standard library."""
+    found = {name.split(".")[0] for name in imports(file)}
+    return found - {"mergekit_tspa"} - sys.stdlib_module_names
+
+
+def declared(extra: str | None = None) -> set[str]:
+    """The modules of the dependencies in pyproject.toml, or of an extra."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    names = [Requirement(requirement).name for requirement in found]
+    return {MODULES.get(name, name.replace("-", "_")) for name in names}
 
 
 def imports(file: Path) -> set[str]:
@@ -51,26 +77,77 @@ def test_alignment_needs_only_torch_and_geoopt():
 def test_measures_need_only_torch():
     found = imports(PACKAGE / "insight" / "measures.py")
     assert {name for name in found if name.startswith("mergekit_tspa")} <= {
-        "mergekit_tspa.adapters",
         "mergekit_tspa.linalg",
+        "mergekit_tspa.updates",
     }
-    assert {name.split(".")[0] for name in found} - {"mergekit_tspa"} <= {"torch", "math", "typing", "collections"}
+    assert {name.split(".")[0] for name in found} - {"mergekit_tspa"} <= {
+        "torch",
+        "math",
+        "typing",
+        "collections",
+    }
 
 
 def test_entry_needs_only_the_standard_library():
     """torch imports these two files at the end of every `import torch`."""
     for name in ("__init__.py", "_startup.py"):
         outside = {n.split(".")[0] for n in imports(PACKAGE / name)} - {"mergekit_tspa"}
-        assert outside <= {"importlib", "sys", "types", "warnings"}
+        assert outside <= {"collections", "importlib", "sys", "types", "typing", "warnings"}
 
 
-def test_only_the_plugin_and_the_command_line_know_mergekit():
-    knowing = {
-        file.relative_to(PACKAGE).parts[0]
-        for file in PACKAGE.rglob("*.py")
-        if any(name.split(".")[0] == "mergekit" for name in imports(file))
+def test_one_file_imports_mergekit():
+    knowing = {place(file) for file in FILES if "mergekit" in tops(file)}
+    assert knowing == {"plugin/compat.py"}
+
+
+def test_one_file_knows_private_names_of_mergekit():
+    from mergekit_tspa.plugin import compat
+
+    names = {name for needed in compat.NEEDED for name in (*needed.name.split("."), *needed.has.split())}
+    private = {name for name in names if name.startswith("_") and not name.endswith("__")}
+    assert private == {
+        "_METHODS",
+        "_model_out_config",
+        "_plan",
+        "_resolve_name",
+        "_tensors",
+        "_tokenizer_task",
     }
-    assert knowing == {"plugin", "commands"}
+    using = {
+        place(file)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in private
+    }
+    assert using == {"plugin/compat.py"}
+
+
+def test_click_stays_at_the_edge():
+    """`plugin/hooks.py` is where stock commands get an exception that they print as one sentence."""
+    knowing = {place(file) for file in FILES if "click" in tops(file)}
+    assert {name for name in knowing if not name.startswith("commands/")} == {"plugin/hooks.py"}
+
+
+def test_what_is_imported_is_declared():
+    needed, report = declared(), declared("report")
+    for file in FILES:
+        allowed = needed | report if place(file) in REPORT_FILES else needed
+        assert tops(file) <= allowed, f"{file}: {tops(file) - allowed}"
+    assert needed | report == set().union(*map(tops, FILES))
+    assert declared("dev") >= {"mergekit_tspa"}, "which brings the extra `report`"
+
+
+def test_no_file_shadows_a_library():
+    """When a file is run by its path, modules are looked for in its folder first."""
+    libraries = sys.stdlib_module_names | declared() | declared("report")
+    places = [path for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.is_dir()]
+    shadowing = {place(path) for path in places if path.stem in libraries - {"__main__"}}
+    assert not shadowing
+
+
+def test_a_file_name_stands_in_one_room():
+    count = Counter(file.name for file in FILES if file.name != "__init__.py")
+    assert {name for name, times in count.items() if times > 1} == set()
 
 
 def test_the_peft_entry_knows_the_other_entry_and_no_files():

@@ -44,7 +44,9 @@ def two(untied) -> list[Path]:
     return [save("one", seed=1), save("two", seed=2, r=6, target_modules="all-linear")]
 
 
-def command(tmp_path: Path, config: dict | list, *options: str, program: str = "mergekit-yaml", **env: str) -> Path:
+def command(
+    tmp_path: Path, config: dict | list, *options: str, program: str = "mergekit-yaml", **env: str
+) -> Path:
     """Run the stock command as a user would, and return where it wrote."""
     out = tmp_path / "out"
     file = write_recipe(tmp_path / "recipe.yml", config)
@@ -55,7 +57,11 @@ def command(tmp_path: Path, config: dict | list, *options: str, program: str = "
 
 
 def tensors(out: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in sorted(out.glob("model*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(out.glob("model*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def target(base: Path, adapters: list[Path], weights=WEIGHTS, **of) -> dict[str, torch.Tensor]:
@@ -181,7 +187,11 @@ def test_vision_language_model(tmp_path):
 
     torch.manual_seed(0)
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "vocab_size": 96, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    text |= {
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
     base = tmp_path / "base"
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
@@ -197,7 +207,9 @@ def test_vision_language_model(tmp_path):
             if "lora_" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
         adapted.save_pretrained(tmp_path / f"a{seed}")
-        merged.append(PeftModel.from_pretrained(load(), tmp_path / f"a{seed}").merge_and_unload().state_dict())
+        merged.append(
+            PeftModel.from_pretrained(load(), tmp_path / f"a{seed}").merge_and_unload().state_dict()
+        )
 
     def models(*weights):
         pairs = zip(recipe("x", base, [tmp_path / "a1", tmp_path / "a2"])["models"], weights)
@@ -240,7 +252,10 @@ def test_multi_both_ways_and_again(untied, two, tmp_path):
     halves = [{"model": str(base), "parameters": {"weight": 0.5}} for base in (untied, other)]
     mixed = {"name": "mixed", "merge_method": "linear", "models": halves}
     lora = recipe("lora_task_arithmetic", "mixed", two, WEIGHTS, name="lora")
-    final = {"merge_method": "linear", "models": [halves[0] | {"model": "lora"}, halves[1] | {"model": "mixed"}]}
+    final = {
+        "merge_method": "linear",
+        "models": [halves[0] | {"model": "lora"}, halves[1] | {"model": "mixed"}],
+    }
     documents = [final, lora, mixed]
     stages = lambda: command(  # noqa: E731
         tmp_path, copy.deepcopy(documents), "--no-copy-tokenizer", program="mergekit-multi"
@@ -275,15 +290,24 @@ def test_evolve(method, untied, two, tmp_path):
         "base_model": str(untied),
         "models": [model["model"] for model in recipe("x", untied, two)["models"]],
     }
-    config = EvolMergeConfiguration.model_validate({"genome": genome | GENOMES[method], "tasks": ["anything"]})
+    config = EvolMergeConfiguration.model_validate(
+        {"genome": genome | GENOMES[method], "tasks": ["anything"]}
+    )
     search = ModelGenome(config.genome)
     genotype = search.initial_genotype(random=True)
     made = search.genotype_merge_config(genotype)
     got = merged_tensors(made.model_dump(mode="json", exclude_none=True), tmp_path / "out")
-    assert any(not torch.equal(W.bfloat16(), got[name]) for name, W in load_file(untied / "model.safetensors").items())
+    assert any(
+        not torch.equal(W.bfloat16(), got[name])
+        for name, W in load_file(untied / "model.safetensors").items()
+    )
 
     made, options = search.genotype_merge_config(genotype), MergeOptions(quiet=True)
     architecture = get_architecture_info(MergeConfiguration.model_validate(made.model_dump()), options)
-    planner = MergePlanner(made, architecture, options=options, out_model_config=_model_out_config(made, architecture))
-    in_memory = {task.weight_info.name: value for task, value in Executor(planner.plan_in_memory()).run(quiet=True)}
+    planner = MergePlanner(
+        made, architecture, options=options, out_model_config=_model_out_config(made, architecture)
+    )
+    in_memory = {
+        task.weight_info.name: value for task, value in Executor(planner.plan_in_memory()).run(quiet=True)
+    }
     check(in_memory, got, 1e-9)

@@ -77,7 +77,9 @@ class Adapter:
             )
         tensors = {tensor: named[name] for name, tensor in base.match(named, self.name).items()}
         modules = {module: adapter._fit_module(module, tensor, base) for tensor, module in tensors.items()}
-        changes = {tensor: adapter.changes[name] for name, tensor in base.match(adapter.changes, self.name).items()}
+        changes = {
+            tensor: adapter.changes[name] for name, tensor in base.match(adapter.changes, self.name).items()
+        }
         for tensor, change in changes.items():
             self._fit_change(change, tensor, base)
         return replace(adapter, modules=modules, changes=changes), tensors
@@ -135,7 +137,9 @@ class Adapter:
         Raises:
             InputError: embedding and head were trained apart.
         """
-        head, embedding = (next((n for n in self.changes if n.endswith(e)), None) for e in (HEADS, EMBEDDINGS))
+        head, embedding = (
+            next((n for n in self.changes if n.endswith(e)), None) for e in (HEADS, EMBEDDINGS)
+        )
         if not base.tied or not (head or embedding):
             return self.changes
         trained = self.changes.get(embedding or "")

@@ -60,7 +60,11 @@ def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Te
     """
     n = A.shape[0] // rank
     A = A.reshape(n, rank, -1)
-    B = B.reshape(-1, n, rank).movedim(1, 0) if layout == "grouped_by_expert" else B.reshape(-1, rank, n).movedim(2, 0)
+    B = (
+        B.reshape(-1, n, rank).movedim(1, 0)
+        if layout == "grouped_by_expert"
+        else B.reshape(-1, rank, n).movedim(2, 0)
+    )
     return list(zip(B, A))
 
 

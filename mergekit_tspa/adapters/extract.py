@@ -133,7 +133,9 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
     return Adapter(name, None, modules, changes)
 
 
-def check_architecture(name: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]) -> None:
+def check_architecture(
+    name: str, config: Mapping[str, Any], base: str, base_config: Mapping[str, Any]
+) -> None:
     """
     Raises:
         InputError: the configurations are of different kinds of model.
@@ -184,7 +186,10 @@ def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[st
         embedding = next((t for t in model.shapes if t.endswith(EMBEDDINGS)), None)
         source |= {t: embedding for t in there - here if t.endswith(HEADS) and embedding}
         here = {t for t in here if t in there or not t.endswith(HEADS)}
-    for owner, other, missing in ((base.name, name, set(source.values()) - here), (name, base.name, here - there)):
+    for owner, other, missing in (
+        (base.name, name, set(source.values()) - here),
+        (name, base.name, here - there),
+    ):
         if missing:
             raise InputError(
                 f"{name}: {len(missing)} tensors of {owner} are not in {other}, {min(missing)} among them; a full "
@@ -198,6 +203,8 @@ def _refuse_shape(name: str, tensor: str, model: ModelTensors, base: ModelTensor
     here, there = model.shapes[tensor], base.shapes[tensor]
     vocabulary = tensor.endswith(VOCABULARY) and here[1:] == there[1:]
     way_out = (
-        f"resize the base to {here[0]} tokens first (resize_token_embeddings)" if vocabulary else "use its own base"
+        f"resize the base to {here[0]} tokens first (resize_token_embeddings)"
+        if vocabulary
+        else "use its own base"
     )
     raise InputError(f"{name}: {tensor} has shape {here}, but {there} in {base.name}; {way_out}")

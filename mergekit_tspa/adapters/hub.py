@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from mergekit_tspa.adapters.files import CONFIG_FILE, read_config
+from mergekit_tspa.adapters.adapter_files import CONFIG_FILE, read_config
 from mergekit_tspa.errors import InputError
 
 _FILES = ["adapter_*", "adapters.safetensors"]

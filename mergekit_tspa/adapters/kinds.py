@@ -57,11 +57,15 @@ class Kind:
     what: str = ""  # what it is, in the sentence that refuses it
     way_out: str = ""  # what the user should do, or why nothing can be done
     training_only: str = ""  # pattern of names of tensors that are needed for its training only
-    base_part: Callable[[Tensor, int, float], LoraFactors] | None = None  # (W, rank, scale) -> what it took out of W
+    base_part: Callable[[Tensor, int, float], LoraFactors] | None = (
+        None  # (W, rank, scale) -> what it took out of W
+    )
 
     # In a PEFT model in memory.
     in_memory: bool = True  # whether it may be merged there: there is nothing to it but its factors
-    alters_base: bool = False  # whether training took a part out of the base, of which the user is then warned
+    alters_base: bool = (
+        False  # whether training took a part out of the base, of which the user is then warned
+    )
 
 
 MLX = Kind("mlx-lm", flag="fine_tune_type", update="`scale (a b)^T`", label="mlx-lm", in_memory=False)
@@ -76,11 +80,18 @@ KINDS = (
         in_memory=False,
     ),
     Kind("rsLoRA", flag="use_rslora", update="`s B A` with `s = alpha / sqrt(r)`", label="rsLoRA"),
-    Kind("bias of `lora_B`", flag="lora_bias", update="`s` times it is added to the layer's bias", in_memory=False),
+    Kind(
+        "bias of `lora_B`",
+        flag="lora_bias",
+        update="`s` times it is added to the layer's bias",
+        in_memory=False,
+    ),
     Kind("biases", flag="bias", update=_DIRECTLY, in_memory=False),
     Kind("saved modules", flag="modules_to_save", update=_DIRECTLY, in_memory=False),
     Kind("tokens", flag="trainable_token_indices", update="rows trained directly", in_memory=False),
-    Kind("fused experts", flag="target_parameters", update="`s B_e A_e` for each expert `e`", in_memory=False),
+    Kind(
+        "fused experts", flag="target_parameters", update="`s B_e A_e` for each expert `e`", in_memory=False
+    ),
     Kind(
         "BD-LoRA",
         flag="use_bdlora",
@@ -90,7 +101,9 @@ KINDS = (
     ),
     MLX,
     Kind("VeLoRA", flag="velora_config", update=PLAIN, training_only=r"\.lora_velora_embed(\.|$)"),
-    Kind("MonteCLoRA", flag="monteclora_config", update=PLAIN, training_only=r"\.lora_monteclora_sampler(\.|$)"),
+    Kind(
+        "MonteCLoRA", flag="monteclora_config", update=PLAIN, training_only=r"\.lora_monteclora_sampler(\.|$)"
+    ),
     Kind(
         "QALoRA",
         flag="use_qalora",
@@ -157,10 +170,21 @@ KINDS = (
     Kind("CorDA", init="corda.*", read=False, way_out=_CONVERT, alters_base=True),
     Kind("LoftQ", init="loftq.*", read=False, way_out=_CONVERT, alters_base=True),
     Kind("LoRA-GA", init="lora_ga.*", read=False, way_out=_CONVERT, alters_base=True),
-    Kind("LoHa", tensors=r"\.hada_w", read=False, what="a LoHa adapter", way_out=MERGE_FIRST, in_memory=False),
-    Kind("LoKr", tensors=r"\.lokr_w", read=False, what="a LoKr adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind(
+        "LoHa", tensors=r"\.hada_w", read=False, what="a LoHa adapter", way_out=MERGE_FIRST, in_memory=False
+    ),
+    Kind(
+        "LoKr", tensors=r"\.lokr_w", read=False, what="a LoKr adapter", way_out=MERGE_FIRST, in_memory=False
+    ),
     Kind("IA3", tensors=r"\.ia3_l", read=False, what="an IA3 adapter", way_out=MERGE_FIRST, in_memory=False),
-    Kind("VeRA", tensors=r"\.vera_lambda", read=False, what="a VeRA adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind(
+        "VeRA",
+        tensors=r"\.vera_lambda",
+        read=False,
+        what="a VeRA adapter",
+        way_out=MERGE_FIRST,
+        in_memory=False,
+    ),
     Kind(
         "AdaLoRA",
         tensors=r"\.lora_E$|\.ranknum$",
@@ -170,7 +194,12 @@ KINDS = (
         in_memory=False,
     ),
     Kind(
-        "OFT, BOFT", tensors=r"\.(oft|boft)_", read=False, what="an OFT adapter", way_out=MERGE_FIRST, in_memory=False
+        "OFT, BOFT",
+        tensors=r"\.(oft|boft)_",
+        read=False,
+        what="an OFT adapter",
+        way_out=MERGE_FIRST,
+        in_memory=False,
     ),
     Kind(
         "kohya's format",
@@ -189,7 +218,12 @@ KINDS = (
         in_memory=False,
     ),
     Kind(
-        "any other", tensors=r"\.lora_", read=False, what="no known kind of LoRA", way_out=MERGE_FIRST, in_memory=False
+        "any other",
+        tensors=r"\.lora_",
+        read=False,
+        what="no known kind of LoRA",
+        way_out=MERGE_FIRST,
+        in_memory=False,
     ),
 )
 
@@ -237,7 +271,9 @@ def check_tensor(key: str, file: Path) -> None:
     """
     for kind in KINDS:
         if kind.tensors and re.search(kind.tensors, key):
-            raise InputError(f"{file}: tensor {key} belongs to {kind.what}, which is not supported; {kind.way_out}")
+            raise InputError(
+                f"{file}: tensor {key} belongs to {kind.what}, which is not supported; {kind.way_out}"
+            )
 
 
 def _init(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_file, read_tensors
+from mergekit_tspa.adapters.adapter_files import (
+    as_matrices,
+    check_config,
+    check_values,
+    find_file,
+    read_tensors,
+)
 from mergekit_tspa.adapters.kinds import MLX
 from mergekit_tspa.adapters.modules import LoraModule
 from mergekit_tspa.errors import InputError
@@ -46,7 +52,9 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     for key, tensor in read_tensors(file).items():
         module, _, part = key.rpartition(".")
         if part not in _PARTS:
-            raise InputError(f"{file}: tensor {key} is no part of an mlx-lm LoRA; fuse it with mlx_lm.fuse first")
+            raise InputError(
+                f"{file}: tensor {key} is no part of an mlx-lm LoRA; fuse it with mlx_lm.fuse first"
+            )
         check_values(tensor, key, file)
         parts.setdefault(module, {})[part] = tensor
     modules = {}
@@ -54,7 +62,9 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
         if not {"lora_a", "lora_b"} <= found.keys():
             raise InputError(f"{file}: {module} has only {', '.join(found)}; the file is incomplete")
         if any(found[side].ndim != 2 for side in ("lora_a", "lora_b")):
-            raise InputError(f"{file}: the factors of {module} are no matrices; fuse it with mlx_lm.fuse first")
+            raise InputError(
+                f"{file}: the factors of {module} are no matrices; fuse it with mlx_lm.fuse first"
+            )
         B, A = as_matrices(found["lora_b"].mT, found["lora_a"].mT, module, file)
         modules[module] = LoraModule(B, A, scale, magnitude=found["m"].flatten() if "m" in found else None)
     return Adapter(name, config["model"], modules)

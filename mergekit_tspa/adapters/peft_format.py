@@ -18,7 +18,13 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import experts
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import as_matrices, check_config, check_values, find_file, read_tensors
+from mergekit_tspa.adapters.adapter_files import (
+    as_matrices,
+    check_config,
+    check_values,
+    find_file,
+    read_tensors,
+)
 from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, check_kinds, check_tensor, kinds_of
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
 from mergekit_tspa.base.names import strip_prefixes
@@ -73,7 +79,9 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     """
     if config.get("peft_type") != "LORA":
         kind = reprlib.repr(config.get("peft_type"))
-        raise InputError(f"{name}: peft_type is {kind}, not 'LORA', and cannot be read as factors; {MERGE_FIRST}")
+        raise InputError(
+            f"{name}: peft_type is {kind}, not 'LORA', and cannot be read as factors; {MERGE_FIRST}"
+        )
     check_kinds(config, name)
     config = check_config(config, _Config, directory)
     file = find_file(directory, _FILES, name)
@@ -92,7 +100,9 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
             bias, added = f"{module}.bias", found.scale * parts["B.bias"].float()
             if bias in changes and changes[bias].value.shape != added.shape:
                 raise InputError(f"{file}: {bias} is there twice, in two shapes; save the adapter again")
-            changes[bias] = Change(changes[bias].value + added) if bias in changes else Change(added, added=True)
+            changes[bias] = (
+                Change(changes[bias].value + added) if bias in changes else Change(added, added=True)
+            )
     return Adapter(name, config["base_model_name_or_path"], modules, changes)
 
 
@@ -116,14 +126,18 @@ def _sort(
             key = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key).removesuffix(".default")
             trained[key.replace(".base_layer.bias", ".bias")] = tensor
     if len(adapter_names) > 1:
-        raise InputError(f"{file}: holds several adapters ({', '.join(map(str, adapter_names))}); save one per file")
+        raise InputError(
+            f"{file}: holds several adapters ({', '.join(map(str, adapter_names))}); save one per file"
+        )
     return lora, trained
 
 
 def _check_trained(key: str, config: Mapping[str, Any], file: Path) -> None:
     """Refuse a tensor that does not belong to a saved module, a bias, or trained tokens."""
     check_tensor(key, file)
-    if not any(known in key for known in (".weight", ".bias", _TOKENS, *(config.get("modules_to_save") or ()))):
+    if not any(
+        known in key for known in (".weight", ".bias", _TOKENS, *(config.get("modules_to_save") or ()))
+    ):
         raise InputError(f"{file}: tensor {key} is of no known kind; {MERGE_FIRST}")
 
 
@@ -142,7 +156,9 @@ def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> t
     return f"{module}.weight", Change(value, rows=torch.tensor(indices))
 
 
-def _read_module(module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> LoraModule:
+def _read_module(
+    module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
+) -> LoraModule:
     """LoRA, DoRA or BD-LoRA on a linear layer, a convolution or an embedding; on a base that may be altered."""
     embedding = "embedding_A" in parts or "embedding_B" in parts
     B, A = _pair(module, parts, "embedding_" if embedding else "", file)
@@ -198,10 +214,14 @@ def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tu
     return parts[f"{kind}B"], parts[f"{kind}A"]
 
 
-def _expanded(module: str, B: Tensor, A: Tensor, blocks: Mapping[str, Any], file: Path) -> tuple[Tensor, Tensor]:
+def _expanded(
+    module: str, B: Tensor, A: Tensor, blocks: Mapping[str, Any], file: Path
+) -> tuple[Tensor, Tensor]:
     """BD-LoRA: the file holds the blocks of a block-diagonal factor one below the other."""
     if A.ndim != 2 or B.ndim != 2:
-        raise InputError(f"{file}: the factors of {module} are no matrices, as BD-LoRA's are; save the adapter again")
+        raise InputError(
+            f"{file}: the factors of {module} are no matrices, as BD-LoRA's are; save the adapter again"
+        )
     layer = module.rpartition(".")[2]
 
     def expand(factor: Tensor, targets: str) -> Tensor:
@@ -225,7 +245,9 @@ def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str,
     try:
         return values.get(get_pattern_key(values.keys(), module), config[default])
     except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{file}: {pattern} of adapter_config.json holds no regular expression ({error})") from error
+        raise InputError(
+            f"{file}: {pattern} of adapter_config.json holds no regular expression ({error})"
+        ) from error
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, file: Path) -> float:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mergekit_tspa.adapters.adapter import Adapter
-from mergekit_tspa.adapters.files import read_config
+from mergekit_tspa.adapters.adapter_files import read_config
 from mergekit_tspa.adapters.kinds import MLX, label_of
 from mergekit_tspa.adapters.mlx_format import read_mlx
 from mergekit_tspa.adapters.peft_format import read_peft

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mergekit_tspa.adapters.files import CONFIG_FILE
+from mergekit_tspa.adapters.adapter_files import CONFIG_FILE
 from mergekit_tspa.adapters.modules import LoraModule
 from mergekit_tspa.base.files import replaced
 from mergekit_tspa.updates import LoraFactors

@@ -165,7 +165,9 @@ def _dot(P: Tensor, Q: Tensor) -> Tensor:
     return (P * Q).sum((-2, -1))
 
 
-def _half_derivative(form: Sequence[Tensor], S_X: Tensor, S_Y: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _half_derivative(
+    form: Sequence[Tensor], S_X: Tensor, S_Y: Tensor, M: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Half the partial derivatives of ``||L_X S_X Y^T + X S_Y^T L_Y^T + L_X M L_Y^T||^2``.
 
     It is quadratic in its arguments, so its value is their inner product with ``(S_X, S_Y, M)``.
@@ -220,9 +222,9 @@ def _any_rotation(Z: Tensor) -> _Rotation:
 
     def merge(V: Tensor, coefficients: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         scaled = (coefficients.mT[:, None, :, :, None] * beside).flatten(3)  # (L, G, k, n q)
-        return scaled @ V.flatten(2, 3), lambda d_sum: torch.matmul(scaled.mT, d_sum, out=d_point.flatten(2, 3)).view(
-            V.shape
-        )
+        return scaled @ V.flatten(2, 3), lambda d_sum: torch.matmul(
+            scaled.mT, d_sum, out=d_point.flatten(2, 3)
+        ).view(V.shape)
 
     return _Rotation(start, lambda V: coordinates @ V, merge)
 
@@ -292,7 +294,8 @@ def align_attention(
             tolerance=tolerance,
             floor=100 * torch.finfo(Z.dtype).eps * share.target.sum(1),
             solver=solver,
-            on_progress=on_progress and (lambda done, left: on_progress((part.start + done * len(Z)) / L, left)),
+            on_progress=on_progress
+            and (lambda done, left: on_progress((part.start + done * len(Z)) / L, left)),
             first=part.start,
         )
         aligned = rotated(solution.point, solution.log_s).movedim(2, 1)
@@ -325,8 +328,8 @@ def _aligned_objective(
     def objective(point: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         coefficients = problem.weights[:, :, None] * scales(log_s)
         S, pull = rotation.merge(point, coefficients)
-        loss, *d_S = merged(*S.flatten(0, 1).split([rx, ry], dim=1))
-        d_S = torch.cat(d_S, dim=1).view(S.shape)  # (L, G, k, d)
+        loss, *d_parts = merged(*S.flatten(0, 1).split([rx, ry], dim=1))
+        d_S = torch.cat(d_parts, dim=1).view(S.shape)  # (L, G, k, d)
         d_log_s = torch.zeros_like(log_s)
         if any_free:
             per_row = (d_S[:, :, None] * rotation.apply(point)).sum((1, 4))  # (L, n, k)

@@ -38,7 +38,7 @@ def align_lora(
     B, A = _matrix(G_B), _matrix(G_A)  # (M, N, N)
     similarity = torch.einsum("mtuij,mtuij->mtu", G_B, G_A)  # <B_t A_t, B_u A_u>
     factors = torch.stack([G.diagonal(dim1=3, dim2=4).sum(-1) for G in (G_B, G_A)], dim=1)  # (M, 2, n, n)
-    if T_B is None:
+    if T_B is None or T_A is None or target_norm2 is None:
         cross, norm2 = B @ A, similarity.sum((1, 2))
     else:
         cross, norm2 = _matrix(T_B).mT @ _matrix(T_A), target_norm2
@@ -61,7 +61,8 @@ def align_lora(
             tolerance=tolerance,
             floor=100 * torch.finfo(G_B.dtype).eps * tau**2 * norm2[part],
             solver=solver,
-            on_progress=on_progress and (lambda done, left: on_progress((part.start + done * count) / M, left)),
+            on_progress=on_progress
+            and (lambda done, left: on_progress((part.start + done * count) / M, left)),
             first=part.start,
         )
         return solution.point, solution.log_s.exp(), solution
@@ -77,9 +78,10 @@ def svd_bound(G_B: Tensor, G_A: Tensor, rank: int, target_scale: float = 1.0) ->
 
     def root(G: Tensor) -> Tensor:
         eigenvalues, Q = torch.linalg.eigh(_matrix(G))
-        return eigenvalues.clamp(min=0).sqrt()[:, :, None] * Q.mT
+        F: Tensor = eigenvalues.clamp(min=0).sqrt()[:, :, None] * Q.mT
+        return F
 
-    singular = torch.linalg.svdvals(root(G_B) @ root(G_A).mT)
+    singular: Tensor = torch.linalg.svdvals(root(G_B) @ root(G_A).mT)
     return (target_scale / G_B.shape[1]) ** 2 * singular[:, rank:].square().sum(1)
 
 

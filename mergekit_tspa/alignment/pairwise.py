@@ -48,7 +48,8 @@ def align_pairwise(
             tolerance=tolerance,
             floor=100 * torch.finfo(N.dtype).eps * similarity.diagonal(dim1=1, dim2=2).sum(1),
             solver=solver,
-            on_progress=on_progress and (lambda done, left: on_progress((part.start + done * len(N)) / len(x), left)),
+            on_progress=on_progress
+            and (lambda done, left: on_progress((part.start + done * len(N)) / len(x), left)),
             first=part.start,
         )
         R = solution.point.movedim(2, 1)[:, :, :, None]

@@ -27,7 +27,8 @@ def procrustes(X: Tensor, Y: Tensor) -> Tensor:
     size = X.norm(dim=(-2, -1)) * Y.norm(dim=(-2, -1))
     one = torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
     U, _, Vh = torch.linalg.svd(Y @ X.mT + 1e4 * torch.finfo(X.dtype).eps * size[..., None, None] * one)
-    return U @ Vh
+    R: Tensor = U @ Vh
+    return R
 
 
 def best_scale(X: Tensor, Y: Tensor, X_0: Tensor, Y_0: Tensor) -> Tensor:
@@ -39,8 +40,10 @@ def best_scale(X: Tensor, Y: Tensor, X_0: Tensor, Y_0: Tensor) -> Tensor:
     a, b, c, d = ((P * Q).sum((-2, -1))[..., None] for P, Q in ((X, X), (X, X_0), (Y, Y_0), (Y, Y)))
     free = (a > 0) & (d > 0)
     a, b, c, d = (torch.where(free, x, 1) for x in (a, b, c, d))
-    companion = torch.eye(4, dtype=X.dtype, device=X.device).roll(1, dims=0).expand(*a.shape[:-1], 4, 4).clone()
+    companion = (
+        torch.eye(4, dtype=X.dtype, device=X.device).roll(1, dims=0).expand(*a.shape[:-1], 4, 4).clone()
+    )
     companion[..., 0, :] = torch.cat([b, torch.zeros_like(a), -c, d], dim=-1) / a
-    k = torch.linalg.eigvals(companion).real  # (..., 4)
+    k: Tensor = torch.linalg.eigvals(companion).real  # (..., 4)
     cost = (a * k**2 - 2 * b * k + d / k**2 - 2 * c / k).where(k > 0, torch.inf)
     return k.gather(-1, cost.argmin(-1, keepdim=True)).where(free, 1).squeeze(-1)

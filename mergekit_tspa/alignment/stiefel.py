@@ -6,7 +6,7 @@ sin)``, when ``k = 1`` and ``d = 2``. Rows rather than columns, because these ar
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # point, log_s -> loss, gradients
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # both and their gradients -> both
+Results = TypeVar("Results", bound=tuple[Any, ...])
 
 
 class Solution(NamedTuple):
@@ -131,10 +132,11 @@ def leave_saddle(point: Tensor, similarity: Tensor, seed: int | None, size: floa
     return torch.where(_align(coincide, point), moved, point)
 
 
-def in_parts(solve: Callable[[slice], tuple], problems: int, size: int) -> tuple:
+def in_parts(solve: Callable[[slice], Results], problems: int, size: int) -> Results:
     """Concatenate the results of ``solve`` on slices of at most ``size`` problems."""
     parts = [solve(slice(i, i + size)) for i in range(0, problems, size)]
-    return _concatenate(parts)
+    whole: Results = _concatenate(parts)
+    return whole
 
 
 def part_size(numbers: int, like: Tensor) -> int:
@@ -143,7 +145,7 @@ def part_size(numbers: int, like: Tensor) -> int:
     return max(1, budget // max(1, numbers * like.element_size()))
 
 
-def _concatenate(parts):
+def _concatenate(parts: Any) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     fields = [_concatenate(field) for field in zip(*parts)]
@@ -180,7 +182,10 @@ def _amsgrad(point: Tensor, log_s: Tensor, lr: float) -> Step:
     scalar.
     """
     # Large tensors are overwritten, never made anew: on a CPU, fresh memory costs more than the arithmetic.
-    moment, spare = torch.zeros_like(point).flatten(0, -3), torch.empty_like(point).flatten(0, -3)  # (matrices, k, d)
+    moment, spare = (
+        torch.zeros_like(point).flatten(0, -3),
+        torch.empty_like(point).flatten(0, -3),
+    )  # (matrices, k, d)
     second, largest = moment.new_zeros(2, len(moment), 1, 1)
     moment_s, second_s, largest_s = (torch.zeros_like(log_s) for _ in range(3))
     count = 0
@@ -210,7 +215,7 @@ def _geoopt(point: Tensor, log_s: Tensor, lr: float) -> Step:
     """The same step by geoopt, whose Stiefel matrices have orthonormal columns."""
     import geoopt
 
-    class Rotated(geoopt.EuclideanStiefel):
+    class Rotated(geoopt.EuclideanStiefel):  # type: ignore[misc]  # geoopt has no types
         """Columns ``P = R^T Q`` moved by a rotation, with the length of that rotation as metric."""
 
         def egrad2rgrad(self, P: Tensor, D: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ ATTENTION_BLOCK = r"[^.]*(?:attn|attention)[^.]*"  # pattern of the part of a na
 VISION_BLOCK = re.compile(r"vis(ion|ual)")  # blocks that `vision_config` describes
 
 HEADS = ("lm_head.weight", "embed_out.weight")
-EMBEDDINGS = tuple(f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"))
+EMBEDDINGS = tuple(
+    f"{name}.weight" for name in ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared")
+)
 VOCABULARY = HEADS + EMBEDDINGS  # a row per token of the vocabulary, in one tensor if the model ties them
 # Matrices that are tables: a row per token, position or token type.
 TABLE = re.compile(r"(embed\w*|wte|wpe|shared|lm_head)\.weight$")
@@ -63,7 +65,12 @@ class Architecture:
     n_kv_heads: tuple[str, ...] = ("num_key_value_heads", "num_kv_heads")  # absent: as many as heads
     head_dim: tuple[str, ...] = ("head_dim", "d_kv")  # absent: width / n_heads
     width: tuple[str, ...] = ("hidden_size", "n_embd", "d_model", "dim")
-    rope: tuple[str, ...] = ("rope_theta", "rope_parameters", "rotary_pct", "rotary_emb_base")  # absent: no RoPE
+    rope: tuple[str, ...] = (
+        "rope_theta",
+        "rope_parameters",
+        "rotary_pct",
+        "rotary_emb_base",
+    )  # absent: no RoPE
     rotary_share: tuple[str, ...] = ("partial_rotary_factor", "rotary_pct")  # of a head; absent: all of it
 
 

@@ -45,12 +45,18 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _shard(self, file: Any, index: Path) -> Path:
         if not isinstance(file, str) or "\0" in file or Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(f"{index}: {str(file)[:80]!r} is no file of this checkpoint; copy or save it again")
+            raise InputError(
+                f"{index}: {str(file)[:80]!r} is no file of this checkpoint; copy or save it again"
+            )
         return self.directory / file
 
     def _open(self, file: Path):
         with readable(file):
-            return safe_open(file, framework="pt") if file.suffix == ".safetensors" else load_pickle(file, mmap=True)
+            return (
+                safe_open(file, framework="pt")
+                if file.suffix == ".safetensors"
+                else load_pickle(file, mmap=True)
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         opened = self._open(file := self._files[name])

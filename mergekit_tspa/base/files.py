@@ -40,7 +40,9 @@ def readable(file: Path) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors and pickle raise a dozen unrelated types for damaged files
         reason = str(error)[:300]
-        raise InputError(f"{file}: damaged, truncated or missing ({reason}); copy or save it again") from error
+        raise InputError(
+            f"{file}: damaged, truncated or missing ({reason}); copy or save it again"
+        ) from error
 
 
 def load_pickle(file: Path, mmap: bool = False) -> dict[str, Tensor]:

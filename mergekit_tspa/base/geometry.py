@@ -61,7 +61,9 @@ class AttentionGeometry(NamedTuple):
 
         n_heads = first(architecture.n_heads)
         if n_heads is None:
-            raise InputError("the base's configuration names no number of attention heads (num_attention_heads)")
+            raise InputError(
+                "the base's configuration names no number of attention heads (num_attention_heads)"
+            )
         n_kv_heads = first(architecture.n_kv_heads) or n_heads
         head_dim = first(architecture.head_dim) or first(architecture.width) // n_heads
         rope = first(("rope_parameters", "rope_scaling")) or {}

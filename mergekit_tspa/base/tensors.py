@@ -37,13 +37,17 @@ class ModelTensors:
         self.quantised = quantised  # tensors that hold integers or 8-bit floats
 
     @classmethod
-    def of(cls, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> "ModelTensors":
+    def of(
+        cls, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+    ) -> "ModelTensors":
         """A checkpoint, or a mapping of tensors."""
         if isinstance(tensors, Checkpoint):
             config = config or tensors.config()
             return cls(name, tensors.shapes(), config, tensors.__getitem__, tensors.quantised())
         quantised = [key for key, tensor in tensors.items() if tensor.dtype.itemsize == 1]
-        return cls(name, {key: tuple(t.shape) for key, t in tensors.items()}, config, tensors.__getitem__, quantised)
+        return cls(
+            name, {key: tuple(t.shape) for key, t in tensors.items()}, config, tensors.__getitem__, quantised
+        )
 
     @property
     def tied(self) -> bool:

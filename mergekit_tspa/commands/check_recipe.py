@@ -4,14 +4,17 @@ from pathlib import Path
 
 import click
 import torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge_methods.registry import registered_methods
-from mergekit.options import MergeOptions, add_merge_options
 from rich.console import Console
 
 from mergekit_tspa.commands.options import MergeCommand
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.table import find
+from mergekit_tspa.plugin.compat import (
+    MergeConfiguration,
+    MergeOptions,
+    add_merge_options,
+    registered_methods,
+)
 from mergekit_tspa.plugin.dry_run import attempt, check, read_documents
 from mergekit_tspa.plugin.recipe import unknown_keys
 
@@ -20,12 +23,14 @@ from mergekit_tspa.plugin.recipe import unknown_keys
 @click.argument("config_file", type=click.Path(path_type=Path))
 @add_merge_options
 @click.pass_context
-def main(context: click.Context, merge_options: MergeOptions, config_file: Path):
+def main(context: click.Context, merge_options: MergeOptions, config_file: Path) -> None:
     """Say what a merge would do, and all that is wrong with its recipe; no linear weight of the base is read.
 
     Takes the options of the merge itself.  Exits with 0 only if the merge would start.
     """
-    torch.set_num_threads(merge_options.num_threads or 1)  # thousands of small products: threads would only wait
+    torch.set_num_threads(
+        merge_options.num_threads or 1
+    )  # thousands of small products: threads would only wait
     console = Console(markup=False, highlight=False)
     documents = read_documents(config_file)
     names = [document.pop("name", None) for document in documents]
@@ -41,7 +46,9 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
             report.print(console)
             found += report.problems
         elif config and config.merge_method in {method.spec.name for method in registered_methods()}:
-            foreign.append(f"{place}{config.merge_method} is mergekit's own method, and its recipe is not checked here")
+            foreign.append(
+                f"{place}{config.merge_method} is mergekit's own method, and its recipe is not checked here"
+            )
         elif config:
             attempt(found, config_file, lambda: find(config.merge_method))  # noqa: B023
         problems += [place + problem for problem in found]

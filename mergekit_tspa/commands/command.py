@@ -11,6 +11,7 @@ class Command(click.Command):
     """Prints an `InputError` as `Error: <message>` and exits with 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except InputError as error:

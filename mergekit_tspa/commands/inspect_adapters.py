@@ -4,36 +4,53 @@ from pathlib import Path
 
 import click
 import torch
-from mergekit.options import MergeOptions, add_merge_options
 from rich.console import Console
 
 from mergekit_tspa.commands.options import MergeCommand
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.gather import inspect_adapters
+from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
 from mergekit_tspa.plugin.recipe import read_recipe
 from mergekit_tspa.progress import Bar
 
+_REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing else needs
+
 
 @click.command("inspect", cls=MergeCommand)
 @click.argument("inputs", metavar="CONFIG|ADAPTER...", nargs=-1, required=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report"), help="Directory of the report.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("report"), help="Directory of the report."
+)
 @click.option("--base", help="Base model of ADAPTERs, needed for PiSSA and OLoRA; a recipe names its own.")
-@click.option("--layers", type=click.IntRange(min=1), help="Merge this many evenly spaced layers of a CONFIG.")
+@click.option(
+    "--layers", type=click.IntRange(min=1), help="Merge this many evenly spaced layers of a CONFIG."
+)
 @add_merge_options
-def main(merge_options: MergeOptions, inputs: tuple[str, ...], out: Path, base: str | None, layers: int | None):
+def main(
+    merge_options: MergeOptions, inputs: tuple[str, ...], out: Path, base: str | None, layers: int | None
+) -> None:
     """What adapters are, how they agree and fight, and what a merge keeps of them, on one page with pictures.
 
     Takes a recipe, with its weights, gradients and filters, or adapters, each with weight 1.
     """
-    from mergekit_tspa.insight.findings import findings
-    from mergekit_tspa.insight.page import check_out, write_page
+    try:
+        from mergekit_tspa.insight.findings import findings
+        from mergekit_tspa.insight.page import check_out, write_page
+    except ModuleNotFoundError as error:
+        if error.name not in _REPORT:
+            raise
+        raise InputError(
+            f"a report needs {error.name}, which is not installed; run pip install 'mergekit-tspa[report]'"
+        ) from error
 
     merge_options.apply_global_options()
     check_out(out)
     recipes = [path for path in inputs if Path(path).is_file() or path.endswith((".yml", ".yaml"))]
     if layers and not recipes:
-        raise InputError("--layers: adapters alone are measured on all layers; it is for the merge of a recipe")
+        raise InputError(
+            "--layers: adapters alone are measured on all layers; it is for the merge of a recipe"
+        )
     if recipes and len(inputs) > 1:
         raise InputError(f"{recipes[0]}: give one recipe alone, or directories of adapters")
     with torch.no_grad(), Bar(merge_options.quiet) as bar:

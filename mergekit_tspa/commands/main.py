@@ -8,10 +8,13 @@ import click
 
 import mergekit_tspa
 from mergekit_tspa.commands.command import Command
+from mergekit_tspa.errors import InputError
 
-_LAZY = {  # command: its module, and what it does
-    "yaml": ("mergekit.scripts.run_yaml", "mergekit-yaml with these methods loaded"),
-    "multi": ("mergekit.scripts.multimerge", "mergekit-multi with these methods loaded"),
+_STOCK = {  # commands of mergekit, and what they do here
+    "yaml": "mergekit-yaml with these methods loaded",
+    "multi": "mergekit-multi with these methods loaded",
+}
+_OWN = {  # command: its module, and what it does
     "adapter": (
         "mergekit_tspa.commands.merge_adapter",
         "Merge to one PEFT adapter, without reading or writing a model.",
@@ -28,43 +31,64 @@ _LAZY = {  # command: its module, and what it does
 
 
 class _Commands(click.Group):
-    """Loads mergekit's commands when they are asked for: importing them takes seconds."""
+    """Loads the commands that need mergekit when they are asked for: importing it takes seconds."""
 
-    def list_commands(self, ctx):
-        return sorted([*super().list_commands(ctx), *_LAZY])
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_STOCK, *_OWN])
 
-    def get_command(self, ctx, name):
-        if name in _LAZY:
-            mergekit_tspa.install()
-            gc.disable()  # what is imported lasts; searching it for garbage costs a short command a third of its time
-            try:
-                return import_module(_LAZY[name][0]).main
-            finally:
-                gc.freeze()
-                gc.enable()
-        return super().get_command(ctx, name)
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _STOCK and cmd_name not in _OWN:
+            return super().get_command(ctx, cmd_name)
+        mergekit_tspa.install()
+        # What is imported lasts; searching it for garbage costs a short command a third of its time.
+        gc.disable()
+        try:
+            return _load(cmd_name)
+        except InputError as error:
+            raise click.ClickException(error.message) from error
+        finally:
+            gc.freeze()
+            gc.enable()
 
-    def format_commands(self, ctx, formatter):
-        rows = [(name, what) for name, (_, what) in _LAZY.items()]
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [*_STOCK.items(), *((name, what) for name, (_, what) in _OWN.items())]
         rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
         with formatter.section("Commands"):
             formatter.write_dl(sorted(rows))
 
 
+def _load(name: str) -> click.Command:
+    """
+    Raises:
+        InputError: mergekit does not fit.
+    """
+    from mergekit_tspa.plugin import compat
+
+    if name in _STOCK:
+        return compat.stock_command(name)
+    compat.require()
+    module, _ = _OWN[name]
+    return import_module(module).main
+
+
 @click.group(cls=_Commands)
 @click.version_option(mergekit_tspa.__version__, prog_name="mergekit-tspa")
-def main():
+def main() -> None:
     """LoRA-native merge methods for mergekit."""
 
 
 @main.command(cls=Command)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--markdown", is_flag=True, help="As README and docs have it.")
-def methods(names: tuple[str, ...], markdown: bool):
+def methods(names: tuple[str, ...], markdown: bool) -> None:
     """Print the table of methods, or all about those called NAME."""
+    if not names and not markdown:
+        from mergekit_tspa.commands.method_table import draw
+
+        draw()
+        return
     from rich.console import Console
     from rich.markdown import Markdown
-    from rich.table import Table
 
     from mergekit_tspa.methods import table
 
@@ -74,19 +98,6 @@ def methods(names: tuple[str, ...], markdown: bool):
     console = Console()
     for name in names:
         console.print(Markdown(table.about(name)))
-    if names:
-        return
-    for section in table.sections():
-        drawn = Table(title=section.title, show_lines=True, title_justify="left")
-        drawn.add_column(table.plain(section.columns[0]), no_wrap=True)
-        drawn.add_column("what it does")
-        drawn.add_column("own parameters")
-        for name, what, *facts, parameters, paper in section.rows:
-            facts = [f"{column}: {fact}" for column, fact in zip(section.columns[2:], facts) if fact != "-"]
-            cells = name, "\n".join([what, *facts, paper]), parameters.replace(", `", "\n`")
-            drawn.add_row(*map(table.plain, cells))
-        console.print(drawn)
-    console.print("[bold]mergekit-tspa methods NAME[/] says what a method's parameters mean.")
 
 
 @main.command("emr-task", cls=Command)
@@ -94,7 +105,7 @@ def methods(names: tuple[str, ...], markdown: bool):
 @click.argument("task")
 @click.option("--out", type=click.Path(path_type=Path), help="Where to write; MERGED-TASK by default.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
-def emr_task(merged: Path, task: str, out: Path | None, quiet: bool):
+def emr_task(merged: Path, task: str, out: Path | None, quiet: bool) -> None:
     """Rebuild the model of one TASK from MERGED, the output of an emr method."""
     from mergekit_tspa.plugin.emr_task import rebuild
 

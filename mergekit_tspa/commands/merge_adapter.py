@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_tspa.commands.options import MergeCommand
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.adapter_output import write_merged_adapter
+from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.output import held
 from mergekit_tspa.plugin.recipe import read_recipe
 
@@ -16,14 +16,14 @@ from mergekit_tspa.plugin.recipe import read_recipe
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
 @add_merge_options
-def main(merge_options: MergeOptions, config_file: Path, out_path: Path):
+def main(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge to one PEFT adapter: the recipe of a full merge, without reading or writing a model."""
     merge_options.apply_global_options()
     config, source = read_recipe(config_file)
     if (out_path / "config.json").exists():
         raise InputError(
-            f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a second time; "
-            "name another directory"
+            f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a "
+            "second time; name another directory"
         )
     with held(out_path):
         write_merged_adapter(config, merge_options, out_path, source)

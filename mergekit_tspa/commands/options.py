@@ -1,8 +1,7 @@
 """Commands that take mergekit's own options."""
 
-from mergekit.options import PrettyPrintHelp
-
 from mergekit_tspa.commands.command import Command
+from mergekit_tspa.plugin.compat import PrettyPrintHelp
 
 
 class MergeCommand(Command, PrettyPrintHelp):

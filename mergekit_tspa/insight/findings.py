@@ -75,7 +75,9 @@ def _sizes(ins: Inspection) -> Iterator[Finding]:
     low, high = (weighted.index(end(weighted)) for end in (min, max))
     names, smallest, largest = ins.names, weighted[low], weighted[high]
     if len(names) == 1:
-        yield Finding(f"{names[0]} has norm {largest:.3g} over {len(ins.tensors)} weights{_largest_kind(ins)}.")
+        yield Finding(
+            f"{names[0]} has norm {largest:.3g} over {len(ins.tensors)} weights{_largest_kind(ins)}."
+        )
     elif largest <= UNEQUAL * smallest:
         yield Finding(
             f"The {len(names)} adapters are of like size: norms {smallest:.3g} ({names[low]}) to {largest:.3g} "
@@ -83,7 +85,9 @@ def _sizes(ins: Inspection) -> Iterator[Finding]:
         )
     else:
         middle = sorted(weighted)[len(weighted) // 2]
-        equal = [f"{name} {a * middle / w:.2g}" for name, a, w in zip(names, _mean_weights(ins), weighted) if w]
+        equal = [
+            f"{name} {a * middle / w:.2g}" for name, a, w in zip(names, _mean_weights(ins), weighted) if w
+        ]
         ratio = f", {largest / smallest:.1f} times less" if smallest else ""
         yield Finding(
             f"{names[high]} is the largest, with norm {largest:.3g}, {names[low]} the smallest, with {smallest:.3g}"
@@ -117,7 +121,9 @@ def _ranks(ins: Inspection) -> Iterator[Finding]:
     if used:
         least, name, effective, rank = used[0]
         least = ", less of it than any other" if len(used) > 1 and used[1][0] > CLEARLY * least else ""
-        yield Finding(f"{name} uses {effective:.1f} of its rank {rank:.3g} on average{least} (effective rank).")
+        yield Finding(
+            f"{name} uses {effective:.1f} of its rank {rank:.3g} on average{least} (effective rank)."
+        )
 
 
 def _meeting(ins: Inspection) -> Iterator[Finding]:
@@ -130,7 +136,9 @@ def _meeting(ins: Inspection) -> Iterator[Finding]:
         )
     elif apart:
         named = "; ".join(f"{ins.names[t]} and {ins.names[u]}" for t, u in apart[:3])
-        yield Finding(f"{len(apart)} of {len(ins.pairs)} pairs share no weight: {named}{'; ..' * (len(apart) > 3)}.")
+        yield Finding(
+            f"{len(apart)} of {len(ins.pairs)} pairs share no weight: {named}{'; ..' * (len(apart) > 3)}."
+        )
 
 
 def _start(ins: Inspection) -> Iterator[Finding]:
@@ -161,7 +169,9 @@ def _start(ins: Inspection) -> Iterator[Finding]:
     if ins.merge is None:
         yield Finding(fact, f"Do not sum factors apart ({', '.join(SUMS_FACTORS)}): {losses}")
     elif ins.merge.method in SUMS_FACTORS:
-        yield Finding(fact, f"Take another method than {ins.merge.method}, which sums factors apart: {losses}")
+        yield Finding(
+            fact, f"Take another method than {ins.merge.method}, which sums factors apart: {losses}"
+        )
     else:
         yield Finding(fact)
 
@@ -246,7 +256,9 @@ def runs(ins: Inspection, wanted: Callable[[Tensor], Tensor]) -> list[Run]:
                 where = [i for i, _ in group]
                 if hit:
                     layers, mean = [ins.layers[i] for i in where], row[where].mean().item()
-                    found.append(Run(abs(mean) * len(where), t, u, kind, layers, mean, signs[where].nanmean().item()))
+                    found.append(
+                        Run(abs(mean) * len(where), t, u, kind, layers, mean, signs[where].nanmean().item())
+                    )
     return sorted(found, reverse=True)
 
 
@@ -267,7 +279,9 @@ def _survival(ins: Inspection) -> Iterator[Finding]:
     if share[high] > COUNTED_TWICE:
         advice = f"{ins.names[high]} is counted {share[high]:.1f} times: lower its weight, or `lambda`."
     elif share[high] > UNEQUAL * share[low]:
-        advice = f"If {ins.names[low]} matters, give it more than its weight of {_mean_weights(ins)[low]:.2g}."
+        advice = (
+            f"If {ins.names[low]} matters, give it more than its weight of {_mean_weights(ins)[low]:.2g}."
+        )
     yield Finding(f"{ins.merge.method} keeps {listed}.", advice)
 
 
@@ -283,4 +297,6 @@ def _stages(ins: Inspection) -> Iterator[Finding]:
             f"A lower objective need not be a better merge: both stages had {LOSS['tspa']} nats on the example "
             f"adapters, tspa_lora alone {LOSS['tspa_lora']}."
         )
-        yield Finding(f"TSPA lowers its objectives: {', '.join(said)}.", advice if ins.merge.method == "tspa" else "")
+        yield Finding(
+            f"TSPA lowers its objectives: {', '.join(said)}.", advice if ins.merge.method == "tspa" else ""
+        )

@@ -48,7 +48,9 @@ class SeenAdapter(NamedTuple):
         modules, changes = self.adapter.modules.values(), self.adapter.changes.values()
         tensors = [tensor for module in self.stored for tensor in (module.B, module.A)]
         tensors += [change.value for change in changes if isinstance(change, Change)]
-        made = sum(4 * module.rank * sum(module.shape) for module in modules if isinstance(module, ExtractedModule))
+        made = sum(
+            4 * module.rank * sum(module.shape) for module in modules if isinstance(module, ExtractedModule)
+        )
         return made + sum(tensor.nbytes for tensor in tensors)
 
     def warnings(self, method: Method, base: str | None) -> Iterator[str]:
@@ -120,7 +122,9 @@ class Forecast:
     @property
     def extracts(self) -> bool:
         """Whether it makes factors of full models, whose ranks are not known for certain."""
-        return any(isinstance(module, ExtractedModule) for plan in self.plan.tensors for module in plan.modules)
+        return any(
+            isinstance(module, ExtractedModule) for plan in self.plan.tensors for module in plan.modules
+        )
 
     @property
     def nbytes(self) -> int:
@@ -133,7 +137,9 @@ class Forecast:
 
     def warnings(self) -> Iterator[str]:
         carried = {tensor.name: self.plan.method.carried(tensor.planned) for tensor in self.plan.tensors}
-        if cut := [tensor for tensor in self.plan.tensors if _FAR * self.rank(tensor) <= carried[tensor.name]]:
+        if cut := [
+            tensor for tensor in self.plan.tensors if _FAR * self.rank(tensor) <= carried[tensor.name]
+        ]:
             most = max(cut, key=lambda tensor: carried[tensor.name])
             yield (
                 f"rank {self.rank(most)} cuts {len(cut)} merged updates, of rank up to {carried[most.name]} "
@@ -157,7 +163,9 @@ class Forecast:
         shards = math.ceil(self.nbytes / self._shard_size)
         files = file if shards == 1 else f"about {shards} shards of {file}"
         dtypes = {s.dtype for s in self.stored.values() if s}
-        precision = " and ".join(sorted({_DTYPES.get(dtype, dtype.removeprefix("torch.")) for dtype in dtypes}))
+        precision = " and ".join(
+            sorted({_DTYPES.get(dtype, dtype.removeprefix("torch.")) for dtype in dtypes})
+        )
         aligned = " before the vocabulary is aligned" if self.aligned else ""
         changed = f"{len(self.plan.changed)} of {len(self.stored)} tensors changed"
         return f"{files}, {self.nbytes:,} bytes ({size(self.nbytes)}){aligned}, {precision}, {changed}"
@@ -166,9 +174,13 @@ class Forecast:
         if isinstance(self.adapter, str):
             return f"none can be written: {self.adapter}"
         rank = max(map(self.rank, self.adapter.tensors))
-        nbytes = sum(rank * sum(tensor.shape) for tensor in self.adapter.tensors) * itemsize(self.adapter.dtype)
+        nbytes = sum(rank * sum(tensor.shape) for tensor in self.adapter.tensors) * itemsize(
+            self.adapter.dtype
+        )
         most = " at most" if self.extracts or not self.plan.method.result.exact else ""
-        where = "adapter/adapter_model.safetensors" if self.wants_adapter else "can be written (adapter: true)"
+        where = (
+            "adapter/adapter_model.safetensors" if self.wants_adapter else "can be written (adapter: true)"
+        )
         return f"{where}, rank {rank}{most}, {nbytes:,} bytes ({size(nbytes)}){most}"
 
     @property
@@ -204,7 +216,9 @@ def itemsize(dtype: str) -> int:
 
 
 def size(nbytes: int) -> str:
-    unit, name = next(((2**n, name) for n, name in ((30, "GiB"), (20, "MiB")) if nbytes >= 2**n), (2**10, "KiB"))
+    unit, name = next(
+        ((2**n, name) for n, name in ((30, "GiB"), (20, "MiB")) if nbytes >= 2**n), (2**10, "KiB")
+    )
     return f"{nbytes / unit:.1f} {name}"
 
 

@@ -14,7 +14,9 @@ from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.inputs import Parameters, Progress
 
 
-def inspect_adapters(paths: Sequence[str], base: str | None, device: Device, progress: Progress) -> Inspection:
+def inspect_adapters(
+    paths: Sequence[str], base: str | None, device: Device, progress: Progress
+) -> Inspection:
     """Adapters of weight 1 each.
 
     Args:
@@ -34,9 +36,13 @@ def inspect_adapters(paths: Sequence[str], base: str | None, device: Device, pro
         if (first := found.setdefault(Path(directory).resolve(), path)) is not path:
             raise InputError(f"{path}: listed twice" + (f" ({first} is the same)" if first != path else ""))
         adapter, tensors = load_adapter(path, path, model, Extraction())
-        needy = {t for t, m in tensors.items() if (part := adapter.modules[m].base_part) and part.read is None}
+        needy = {
+            t for t, m in tensors.items() if (part := adapter.modules[m].base_part) and part.read is None
+        }
         if needy:
-            notes.append(f"{path}: its {len(needy)} PiSSA or OLoRA updates need the base (--base) and are not measured")
+            notes.append(
+                f"{path}: its {len(needy)} PiSSA or OLoRA updates need the base (--base) and are not measured"
+            )
         adapters.append(adapter)
         touched.append({tensor: module for tensor, module in tensors.items() if tensor not in needy})
         kinds.append(kind_of(directory))

@@ -98,8 +98,12 @@ class Inspection:
         self.places = _shortened([Place.of(tensor) for tensor in self.tensors])
         self.layers = sorted({p.layer for p in self.places if p.layer is not None})
         self.kinds = list(dict.fromkeys(p.kind for p in self.places if p.layer is not None))
-        cells = {place: i for i, place in enumerate(Place(x, kind) for kind in self.kinds for x in self.layers)}
-        self.cells = torch.tensor([cells.get(place, -1) for place in self.places])  # (m,)  in a grid; -1: not there
+        cells = {
+            place: i for i, place in enumerate(Place(x, kind) for kind in self.kinds for x in self.layers)
+        }
+        self.cells = torch.tensor(
+            [cells.get(place, -1) for place in self.places]
+        )  # (m,)  in a grid; -1: not there
         n = len(self.names)
         self.cosines = cosines(self.measures.inner)  # (m, n, n)
         self.ratio, self.cross = interference(self.measures.inner, self.weights)  # (m,)
@@ -212,7 +216,9 @@ def inspect_plan(
     done = 0
     for (shape, present, ranks, made), modules in stacks.items():
         each = 24 * sum(ranks) * sum(shape) + 12 * len(present) * SAMPLE
-        size = 1 if made else max(1, _BYTES // each)  # ranks of factors made on the way are not known beforehand
+        size = (
+            1 if made else max(1, _BYTES // each)
+        )  # ranks of factors made on the way are not known beforehand
         for part in (modules[i : i + size] for i in range(0, len(modules), size)):
             progress("measuring", done / len(low_rank))
             loaded = [[_load(*low_rank[i].sources[t], device) for i in part] for t in range(len(present))]

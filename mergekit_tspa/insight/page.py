@@ -34,7 +34,10 @@ _TERMS = (
         "mean squared cosine of the principal angles between the row spaces (what is read) or column spaces (what is "
         "written) of two updates: 1 the same space or one inside the other, 0 orthogonal.",
     ),
-    ("sign conflict", "share of the entries of two updates that have opposite signs, on a seeded sample of rows."),
+    (
+        "sign conflict",
+        "share of the entries of two updates that have opposite signs, on a seeded sample of rows.",
+    ),
     (
         "cross terms",
         "||sum a D||² / sum ||a D||² - 1: what meeting adds to the energy of the weighted sum, or takes away; "
@@ -117,7 +120,9 @@ def _subtitle(ins: Inspection) -> str:
     layers = f"{len(ins.layers)} layers, " if ins.layers else ""
     bases = [ins.base] if ins.base else sorted({adapter.base for adapter in ins.adapters if adapter.base})
     base = f"; base {', '.join(bases)}" if bases else ""
-    return f"{len(ins.tensors)} weights in {layers}{', '.join(dict.fromkeys(p.kind for p in ins.places))}{base}"
+    return (
+        f"{len(ins.tensors)} weights in {layers}{', '.join(dict.fromkeys(p.kind for p in ins.places))}{base}"
+    )
 
 
 def _number(value: float, form: str = ".3g") -> str:
@@ -144,7 +149,17 @@ def _adapters(ins: Inspection) -> Table:
                 adapter.name,
             )
         )
-    columns = ("adapter", "kind", "rank", "weights changed", "weight", "norm", "effective rank", "stable rank", "path")
+    columns = (
+        "adapter",
+        "kind",
+        "rank",
+        "weights changed",
+        "weight",
+        "norm",
+        "effective rank",
+        "stable rank",
+        "path",
+    )
     return "Adapters", columns, rows, (1, 8)
 
 
@@ -174,7 +189,10 @@ def _tables(ins: Inspection, picture: str) -> Iterator[Table]:
                 _number(s.start.sum().item(), ".4g"),
                 _number(s.end.sum().item(), ".4g"),
                 _number((s.end.sum() / s.start.sum() - 1).item(), "+.1%"),
-                *(f"{s.angles[:, t].nanmean():.0f}°, {s.scales[:, t].nanmean():.2f}" for t in range(len(ins.names))),
+                *(
+                    f"{s.angles[:, t].nanmean():.0f}°, {s.scales[:, t].nanmean():.2f}"
+                    for t in range(len(ins.names))
+                ),
             )
             for s in ins.stages()
         ]

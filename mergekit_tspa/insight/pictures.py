@@ -185,7 +185,9 @@ def _colour_bar(figure: Figure, image, axes, label: str, **layout) -> None:
 def _layer_axis(ax, layers: Sequence[int]) -> None:
     ax.set_xlabel("layer")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, nbins=12))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(layers[int(x)]) if x in range(len(layers)) else ""))
+    ax.xaxis.set_major_formatter(
+        FuncFormatter(lambda x, _: str(layers[int(x)]) if x in range(len(layers)) else "")
+    )
 
 
 def _bare(ax, theme: Theme) -> None:
@@ -202,11 +204,27 @@ def _meeting_picture(ins: Inspection) -> Picture:
         return ins.grid(ins.of_pairs(values).nanmean(1))
 
     strips = [
-        Strip("Cross terms: energy they add to the sum, or take away", ins.grid(ins.cross), "share", COSINE, 0.0),
+        Strip(
+            "Cross terms: energy they add to the sum, or take away", ins.grid(ins.cross), "share", COSINE, 0.0
+        ),
         Strip("||sum|| against the sum of norms", ins.grid(ins.ratio), "ratio", 1.0),
-        Strip("Sign conflict, mean over pairs; 0.5 is chance", over_pairs(m.conflict), "share", CONFLICT, 0.5, True),
-        Strip("Overlap of what is read (row spaces), mean over pairs", over_pairs(m.overlap_in), "cos²", COSINE),
-        Strip("Overlap of what is written (column spaces), mean over pairs", over_pairs(m.overlap_out), "cos²", COSINE),
+        Strip(
+            "Sign conflict, mean over pairs; 0.5 is chance",
+            over_pairs(m.conflict),
+            "share",
+            CONFLICT,
+            0.5,
+            True,
+        ),
+        Strip(
+            "Overlap of what is read (row spaces), mean over pairs", over_pairs(m.overlap_in), "cos²", COSINE
+        ),
+        Strip(
+            "Overlap of what is written (column spaces), mean over pairs",
+            over_pairs(m.overlap_out),
+            "cos²",
+            COSINE,
+        ),
     ]
     caption = "Red: they cancel; blue: they add up. Overlap 1: the same directions, 0: orthogonal ones."
     return _strips_picture(
@@ -255,12 +273,19 @@ def _pairs_picture(ins: Inspection) -> Picture:
                 red, green, blue, _ = image.cmap(image.norm(values[t, u]))
                 bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
                 ax.text(
-                    u, t, f"{values[t, u]:.2f}", ha="center", va="center", fontsize=7.5, color="k" if bright else "w"
+                    u,
+                    t,
+                    f"{values[t, u]:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=7.5,
+                    color="k" if bright else "w",
                 )
         return figure
 
     alt = "Four tables of pairs of adapters: " + "; ".join(
-        f"{p.title}: {p.values[~p.values.isnan()].min():.2f} to {p.values[~p.values.isnan()].max():.2f}" for p in panels
+        f"{p.title}: {p.values[~p.values.isnan()].min():.2f} to {p.values[~p.values.isnan()].max():.2f}"
+        for p in panels
     )
     return Picture(
         "pairs",
@@ -280,7 +305,9 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
     layers = [[ins.layer_of(problem) for problem in stage.problems] for stage in stages]
     kept = [stage.end / stage.start.where(stage.start > 0, torch.nan) for stage in stages]
     shares = [_by_layer(*pair, ins.layers)[0] for pair in zip(layers, (share[:, None] for share in kept))]
-    alt = " ".join(f"{stage.name}: from {stage.start.sum():.4g} to {stage.end.sum():.4g} in all." for stage in stages)
+    alt = " ".join(
+        f"{stage.name}: from {stage.start.sum():.4g} to {stage.end.sum():.4g} in all." for stage in stages
+    )
     yield Picture(
         *("objectives", "TSPA's objectives"),
         "What is left of each stage's objective, layer by layer; the mean, where it has several weights in a layer.",
@@ -288,7 +315,8 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
         partial(_draw_objectives, names=[stage.name for stage in stages], shares=shares, layers=ins.layers),
     )
     angles = [
-        Strip(stage.name, _by_layer(where, stage.angles, ins.layers), "degrees") for stage, where in zip(stages, layers)
+        Strip(stage.name, _by_layer(where, stage.angles, ins.layers), "degrees")
+        for stage, where in zip(stages, layers)
     ]
     yield _strips_picture(
         *("angles", "Rotation angles"),
@@ -302,13 +330,13 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
         if (stage.scales.nan_to_num(1) != 1).any()
     ]
     if scales:
-        caption = (
-            "Of the factors of each adapter, s on one side and 1/s on the other. Stages without them leave s at 1."
-        )
+        caption = "Of the factors of each adapter, s on one side and 1/s on the other. Stages without them leave s at 1."
         yield _strips_picture("scales", "Scales", caption, scales, ins.names, ins.layers)
 
 
-def _draw_objectives(theme: Theme, names: Sequence[str], shares: Sequence[Tensor], layers: Sequence[int]) -> Figure:
+def _draw_objectives(
+    theme: Theme, names: Sequence[str], shares: Sequence[Tensor], layers: Sequence[int]
+) -> Figure:
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     ax = figure.subplots()
     ax.patch.set_alpha(0)

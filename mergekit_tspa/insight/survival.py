@@ -15,7 +15,12 @@ SECONDS = 20  # about what merging for a report may take
 
 
 def merge_layers(
-    plan: MergePlan, budget: float, inspection: Inspection, layers: int | None, device: Device, progress: Progress
+    plan: MergePlan,
+    budget: float,
+    inspection: Inspection,
+    layers: int | None,
+    device: Device,
+    progress: Progress,
 ) -> Merge:
     """Merge as the plan says, on evenly spaced layers if all would take too long.
 
@@ -37,9 +42,13 @@ def merge_layers(
         chosen.add(None)  # the tensors outside the layers
     else:
         named = ", ".join(str(layer) for layer in sorted(layer for layer in chosen if layer is not None))
-        merged.notes.append(f"what survives is measured on {count} of {len(every)} layers, evenly spaced: {named}")
+        merged.notes.append(
+            f"what survives is measured on {count} of {len(every)} layers, evenly spaced: {named}"
+        )
         if plan.surveys:
-            merged.notes.append("scope: model: the thresholds are those of these layers, not of the whole model")
+            merged.notes.append(
+                "scope: model: the thresholds are those of these layers, not of the whole model"
+            )
     _merge_some(plan, budget, chosen, inspection, merged, device, progress)
     return merged
 

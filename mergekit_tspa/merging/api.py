@@ -7,7 +7,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, is_model, locate_adapter, read_adapter
+from mergekit_tspa.adapters import (
+    Adapter,
+    Extraction,
+    extract_adapter,
+    is_model,
+    locate_adapter,
+    read_adapter,
+)
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
@@ -90,12 +97,17 @@ def merge_adapters(
 
     model = None if base is None else ModelTensors.of("the base", base)
     extraction = row.extraction(parameters)
-    loaded, touched = zip(*(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters)))
+    loaded, touched = zip(
+        *(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters))
+    )
     plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry)
     updates, reports = merge_plan(plan, device, progress)
     log_merge([], loaded)
     merged = MergedAdapters(
-        {tensor.name.removesuffix(".weight"): finish(tensor, updates.get(tensor.name)) for tensor in plan.every}
+        {
+            tensor.name.removesuffix(".weight"): finish(tensor, updates.get(tensor.name))
+            for tensor in plan.every
+        }
     )
     merged.reports = summary(reports)
     return merged
@@ -129,7 +141,9 @@ def plan_adapters(
             base=name,
             name=name,
             index=(),
-            sources=[(a, modules[name], w) for a, modules, w in zip(adapters, touched, weights) if name in modules],
+            sources=[
+                (a, modules[name], w) for a, modules, w in zip(adapters, touched, weights) if name in modules
+            ],
             changes=[(a, a.changes[name], w) for a, w in zip(adapters, weights) if name in a.changes],
             parameters=parameters,
         )
@@ -165,7 +179,9 @@ def load_adapter(
         adapter = Adapter.from_factors(name, given)
     elif is_model(path := os.fspath(given)):
         if base is None:
-            raise InputError(f"{path}: it is a full model; give the base whose difference to it is merged (base=)")
+            raise InputError(
+                f"{path}: it is a full model; give the base whose difference to it is merged (base=)"
+            )
         adapter = extract_adapter(path, ModelTensors.of(path, Checkpoint(path)), base, extraction)
         return adapter, adapter.tensors
     else:

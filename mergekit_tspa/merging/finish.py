@@ -26,7 +26,9 @@ class Dora(NamedTuple):
     """
 
     update: LowRank | Dense
-    magnitudes: Sequence[Tensor | LoraFactors]  # m_t (d_out,); of an adapter without, its update: m_t = ||W + B_t A_t||
+    magnitudes: Sequence[
+        Tensor | LoraFactors
+    ]  # m_t (d_out,); of an adapter without, its update: m_t = ||W + B_t A_t||
     weights: Sequence[float]  # a_t / max(1, sum |a_t|), lambda included
     transposed: bool = False
 
@@ -146,7 +148,11 @@ def finish_tensor(
 
 
 def apply_adapter(
-    W: Tensor, adapter: Adapter, modules: Mapping[str, str], parts: Mapping[str, Index], device: torch.device | str
+    W: Tensor,
+    adapter: Adapter,
+    modules: Mapping[str, str],
+    parts: Mapping[str, Index],
+    device: torch.device | str,
 ) -> Tensor:
     """A tensor of the base with one adapter of weight 1, in the base's dtype.
 

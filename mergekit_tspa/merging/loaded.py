@@ -57,7 +57,9 @@ def add_merged_adapter(
 
     context = _attention_context(base) if row and row.attention else {}
     factors = [{path: _read(layer, a) for path, layer in layers.items() if _pair(layer, a)} for a in adapters]
-    merged = merge_adapters(method, factors, weights, device=next(model.parameters()).device, **context, **parameters)
+    merged = merge_adapters(
+        method, factors, weights, device=next(model.parameters()).device, **context, **parameters
+    )
     if not merged:
         raise InputError("every weight is 0: there is nothing to merge")
     # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
@@ -87,14 +89,18 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
         InputError: this is no LoRA model, a name does not fit it, or an adapter is more than its factors.
     """
     if not isinstance(model, PeftModel) or model.peft_type != PeftType.LORA:
-        raise InputError("the model is no PeftModel with LoRA adapters: load some with PeftModel.from_pretrained")
+        raise InputError(
+            "the model is no PeftModel with LoRA adapters: load some with PeftModel.from_pretrained"
+        )
     loaded = model.peft_config
     if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
         raise InputError(f"adapters must be a list of different names, not {adapters!r}")
     if unknown := [adapter for adapter in adapters if adapter not in loaded]:
         raise InputError(f"no adapter {unknown[0]!r} is loaded; loaded are {', '.join(loaded)}")
     if name in loaded:
-        raise InputError(f"there is already an adapter {name!r}: take another name, or model.delete_adapter it first")
+        raise InputError(
+            f"there is already an adapter {name!r}: take another name, or model.delete_adapter it first"
+        )
     if not name or "." in name:
         raise InputError(f"{name!r} cannot name an adapter: it must not be empty or contain a dot")
     for adapter in adapters:

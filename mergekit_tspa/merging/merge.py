@@ -48,7 +48,9 @@ def merge_chunks(
         def share(stage: str, fraction: float, left: float | None = None, done: int = done) -> None:
             progress(stage, (done + fraction) / len(chunks), left)
 
-        grams = [load_side(pair, side, plan.read, device) for pair in chunk.pairs for side in (pair.x, pair.y)]
+        grams = [
+            load_side(pair, side, plan.read, device) for pair in chunk.pairs for side in (pair.x, pair.y)
+        ]
         updates, reports = merge_chunk(plan.method, chunk, grams, survey, device, share)
         yield dict(zip((tensor.name for tensor in chunk.tensors), updates)), reports
 
@@ -77,11 +79,15 @@ def merge_chunk(
         update = updates.setdefault(plan.name, _zero(plan, device))
         if not _bounded(update):
             names = ", ".join(adapter.name for adapter, _ in plan.sources)
-            raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
+            raise InputError(
+                f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})"
+            )
         rank = plan.parameters.rank
         if rank and (rank < update.rank or isinstance(update, Dense)):
             updates[plan.name] = update.truncated(rank)
-            kept[plan.name] = (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
+            kept[plan.name] = (
+                (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
+            )
     reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
     return Merged([updates[plan.name] for plan in chunk.tensors], reports)
 
@@ -92,7 +98,9 @@ def survey_plan(plan: MergePlan, device: Device = None) -> Survey | None:
         return None
     return plan.method.survey(
         lambda: (
-            prepared(w) for w in (load_tensor(plan.method, tensor, device) for tensor in plan.tensors) if w.factors
+            prepared(w)
+            for w in (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
+            if w.factors
         )
     )
 
@@ -121,7 +129,9 @@ def load_tensor(method: Method, plan: TensorPlan, device: Device) -> TensorInput
     ]
     for (adapter, module), (factors, *_) in zip(plan.sources, loaded):
         if product_overflows(factors, factors.rank):
-            raise InputError(f"{adapter.name}: its update of {module}, scale included, is too large for float32")
+            raise InputError(
+                f"{adapter.name}: its update of {module}, scale included, is too large for float32"
+            )
     if method.drops_zeros:
         loaded = [part for part in loaded if part[0].B.any() and part[0].A.any()]
     factors, weights, adapters = zip(*loaded) if loaded else ((), (), ())

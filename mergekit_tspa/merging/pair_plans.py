@@ -10,7 +10,13 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.attention import SideGrams, input_side, output_side, query_side, side_grams
-from mergekit_tspa.base.geometry import KNOWN_LAYOUTS, AttentionGeometry, attention_blocks, attention_role, in_attention
+from mergekit_tspa.base.geometry import (
+    KNOWN_LAYOUTS,
+    AttentionGeometry,
+    attention_blocks,
+    attention_role,
+    in_attention,
+)
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.methods.inputs import PairPlan, PairSide
@@ -58,7 +64,9 @@ def plan_pairs(
                 raise InputError(_unknown(adapted[0]))
             if adapted:
                 owner = planned.get(roles[leading]) or planned[roles[y if leading == x else x]]
-                yield _plan_pair(f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, shapes, geometry)
+                yield _plan_pair(
+                    f"{block} {x}{y}", roles[x], roles[y], (x, y), owner, planned, shapes, geometry
+                )
 
 
 def _plan_pair(name, weight_x, weight_y, roles, owner, planned, shapes, geometry) -> PairPlan:
@@ -84,9 +92,13 @@ def _plan_pair(name, weight_x, weight_y, roles, owner, planned, shapes, geometry
     x, y = (side(role, tensor) for role, tensor in zip(roles, (weight_x, weight_y)))
     pair = PairPlan(name, x, y, tuple(adapters), tuple(adapters.values()), geometry, owner.parameters)
     if roles[0] == "q" and getattr(pair.parameters, "rope_safe", False) and geometry.rotary_dim is None:
-        raise InputError(f"{name}: rope_safe is not known for this model's interleaved rotary embedding; leave it out")
+        raise InputError(
+            f"{name}: rope_safe is not known for this model's interleaved rotary embedding; leave it out"
+        )
     if pair.reads_input and geometry.fused:
-        raise InputError(f"{name}: align_space: input cannot be written back to the fused {weight_x}; use head")
+        raise InputError(
+            f"{name}: align_space: input cannot be written back to the fused {weight_x}; use head"
+        )
     return pair
 
 
@@ -144,7 +156,9 @@ def _stacked(pair: PairPlan, side: PairSide, W: Tensor | None, device) -> tuple[
     """All weighted adapters' factors of one side, B (n, d_out, r) and A (n, r, d_in), zero where there is none."""
     g = pair.geometry
     loaded = [
-        oriented(g, adapter.factors(module, device=device).scaled(1.0 if pair.literal else weight)) if module else None
+        oriented(g, adapter.factors(module, device=device).scaled(1.0 if pair.literal else weight))
+        if module
+        else None
         for adapter, module, weight in zip(pair.adapters, side.modules, side.weights)
     ]
     loaded = [f and LoraFactors(_part(g, side.role, f.B), f.A) for f in loaded]

@@ -69,7 +69,9 @@ class MergePlan:
     @property
     def surveys(self) -> bool:
         """Whether the method asks for statistics over all tensors before it merges the first."""
-        return self.method.survey is not None and any(plan.parameters.scope == "model" for plan in self.tensors)
+        return self.method.survey is not None and any(
+            plan.parameters.scope == "model" for plan in self.tensors
+        )
 
     def weights_of(self) -> dict[str, set[float]]:
         """The weights that each adapter has, by its name."""
@@ -161,7 +163,9 @@ def plan_merge(
     outputs = tuple(OutputTensor(name, base, tuple(parts[name])) for name, base in bases.items())
     plan = MergePlan(method, tuple(adapters), outputs, (), read)
     _check(plan)
-    if not (method.attention and any(t.parameters.attention_steps and in_attention(t.name) for t in plan.tensors)):
+    if not (
+        method.attention and any(t.parameters.attention_steps and in_attention(t.name) for t in plan.tensors)
+    ):
         return plan
     if read is None or shapes is None or geometry_of is None:
         raise InputError(f"{method.name} looks at attention products: give it the base model (base=)")
@@ -178,7 +182,9 @@ def _plan_tensor(method: Method, want: Wanted) -> TensorPlan | None:
             )
     sizes = {adapter.name: adapter.modules[module].shape for adapter, module, _ in want.sources}
     if len(set(sizes.values())) > 1:
-        raise InputError(f"{want.name}: updates of different shapes {sizes}; the adapters belong to different bases")
+        raise InputError(
+            f"{want.name}: updates of different shapes {sizes}; the adapters belong to different bases"
+        )
     sources = [(adapter, module) for adapter, module, weight in want.sources if weight]
     weights = [weight for _, _, weight in want.sources if weight]
     changes = [(change, weight) for _, change, weight in want.changes if weight]
@@ -208,7 +214,9 @@ def _check(plan: MergePlan) -> None:
     if len(asked) == len(tensors) and asked and min(asked) > carried:
         raise InputError(f"rank {min(asked)}: the merged updates carry rank {carried} at most; leave it out")
     if plan.surveys and any(tensor.parameters != tensors[0].parameters for tensor in tensors):
-        raise InputError(f"{method.name}: scope: model needs the same parameters for all weights; only weight may vary")
+        raise InputError(
+            f"{method.name}: scope: model needs the same parameters for all weights; only weight may vary"
+        )
     if method.elects and (mixed := next((t for t in tensors if min(t.weights) < 0 < max(t.weights)), None)):
         LOG.warning(
             "%s: weights of both signs (%s: %s): an adapter of negative weight votes, and counts, with the opposite "

@@ -21,7 +21,9 @@ def adapter_tensors(plan: MergePlan, base: ModelTensors) -> list[TensorPlan]:
         raise InputError("the merge changes no weight, so there is no adapter to write")
     merged = _layers(base.find(output.base) or output.base for output in plan.outputs)
     if missing := _layers(base.shapes) - merged:
-        raise InputError(f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model")
+        raise InputError(
+            f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model"
+        )
     for output in changed:
         if len(base.shapes.get(base.find(output.base) or "", ())) > 2 and not output.parts[0].index:
             raise InputError(f"{output.name}: it is a convolution, for which no adapter is written")
@@ -60,7 +62,9 @@ def _obstacle(plan: MergePlan, output: OutputTensor) -> str | None:
     if part.index or more:
         return "it is a fused expert"
     if part.plan.changes:
-        return "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
+        return (
+            "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
+        )
     if part.plan.is_dora:
         return "an adapter is a DoRA, whose magnitudes are not low-rank"
     if plan.method.result.dense and part.plan.parameters.rank is None:

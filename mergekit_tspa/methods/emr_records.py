@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.methods.rules import row_blocks
 from mergekit_tspa.rules.emr import unify
+from mergekit_tspa.rules.stream import row_blocks
 from mergekit_tspa.spaces.basis import Basis
 from mergekit_tspa.updates import Dense, LoraFactors, LowRank
 
@@ -14,34 +14,32 @@ RECORDS, DESCRIPTION = "emr_masks.safetensors", "emr_tasks.json"  # beside the u
 _STEPS = 2**15 - 1
 
 
-def record(coordinates: Sequence[LoraFactors], weights: Tensor, scale: Tensor, basis: Basis) -> dict[str, Tensor]:
+def record(factors: Sequence[LoraFactors], weights: Tensor, scale: Tensor) -> dict[str, Tensor]:
     """The unified update and, per task, its mask and its scale.
 
-    The unified update is stored apart from the model, whose precision may be too low to tell it from the base, in
-    steps of 2^-15 of its `largest` entry.
+    The unified update is stored apart from the model, whose precision may be too low to tell it from the
+    base, in steps of 2^-15 of its `largest` entry.
 
     Args:
-        coordinates: M_t as factors
+        factors: of M_t  # (p, r_t), (r_t, q)
         weights, scale: (n,)
 
     Returns:
-        unified (p, q) int16, largest (1,), mask (n, p, ceil(q / 8)) bit-packed, scale (n,), and the basis's U, V
-        as far as it has them.
+        unified (p, q) int16, largest (1,), mask (n, p, ceil(q / 8)) bit-packed, scale (n,).
     """
-    unified, masks = zip(*(unify(M, weights.to(M)) for _, M in row_blocks(coordinates)))
-    unified = torch.cat(unified)
+    blocks = [unify(M, weights.to(M)) for _, M in row_blocks(factors)]
+    unified = torch.cat([rows for rows, _ in blocks])
     largest = unified.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    kept = {
+    return {
         "unified": (unified / largest * _STEPS).round().to(torch.int16),
         "largest": largest[None],
-        "mask": torch.cat([pack_bits(mask) for mask in masks], dim=1),
+        "mask": torch.cat([pack_bits(mask) for _, mask in blocks], dim=1),
         "scale": scale.float(),
     }
-    return kept | {name: side.float() for name, side in zip("UV", basis) if side is not None}
 
 
 def task_update(kept: Mapping[str, Tensor], task: int) -> LowRank | Dense:
-    """`uni * mask_t * scale_t`, mapped back to the weight."""
+    """`uni * mask_t * scale_t`, mapped back to the tensor by the bases `U` and `V` that `kept` has."""
     unified = kept["unified"].float() * (kept["largest"] / _STEPS)
     M = unified * unpack_bits(kept["mask"][task], unified.shape[1]) * kept["scale"][task]
     merged = Basis(kept.get("U"), kept.get("V")).decode(M)

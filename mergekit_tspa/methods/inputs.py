@@ -35,9 +35,15 @@ def silent(stage: str, done: float, left: float | None = None) -> None:
 class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
     """Parameters that every method has; a method's own are fields of its subclass, in the order of the paper."""
 
-    lambda_: float = Field(1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
-    rank: int | None = Field(None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD")
-    extract_rank: int | None = Field(None, ge=1, description="rank of the factors of full models; 32 if not given")
+    lambda_: float = Field(
+        1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update"
+    )
+    rank: int | None = Field(
+        None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD"
+    )
+    extract_rank: int | None = Field(
+        None, ge=1, description="rank of the factors of full models; 32 if not given"
+    )
     extract_energy: float | None = Field(
         None, gt=0, le=1, description="instead, the share of ||W - W_base||^2 that they keep, up to rank 256"
     )
@@ -53,8 +59,12 @@ PER_MODEL = ("extract_rank", "extract_energy")  # parameters that may differ fro
 class OneByOneParameters(Parameters):
     """What may come before and after a closed formula that looks at one tensor at a time."""
 
-    pico: bool = Field(False, description="before merging, damp the output directions that adapters share (Pico)")
-    svc: bool = Field(False, description="after merging, calibrate singular values that several adapters count (SVC)")
+    pico: bool = Field(
+        False, description="before merging, damp the output directions that adapters share (Pico)"
+    )
+    svc: bool = Field(
+        False, description="after merging, calibrate singular values that several adapters count (SVC)"
+    )
 
     def own(self) -> dict[str, Any]:
         """The method's own parameters, as its function takes them."""

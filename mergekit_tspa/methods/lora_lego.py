@@ -15,11 +15,16 @@ from mergekit_tspa.updates import LoraFactors, LowRank, nonzero
 
 
 class LegoParameters(OneByOneParameters):
-    clusters: int | None = Field(None, ge=1, description="units of the merged update; the largest rank by default")
-    gauge: Literal["balanced", "raw"] = Field(
-        "balanced", description="units are singular triplets of each update, or columns and rows of its factors"
+    clusters: int | None = Field(
+        None, ge=1, description="units of the merged update; the largest rank by default"
     )
-    seed: int = Field(42, ge=0, lt=2**63, description="seed of the choice of units that clustering starts from")
+    gauge: Literal["balanced", "raw"] = Field(
+        "balanced",
+        description="units are singular triplets of each update, or columns and rows of its factors",
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**63, description="seed of the choice of units that clustering starts from"
+    )
 
 
 def lora_lego(

@@ -68,7 +68,9 @@ class Method:
     attention: bool = False  # looks at attention products, hence at the base's tensors
     solves: bool = False  # iterates, so that it is done, and can fail, before anything is written
     survey: Callable[[Callable[[], Iterable[TensorInputs]]], Survey] | None = None
-    record: Callable[[TensorInputs], dict[str, torch.Tensor]] | None = None  # what is written beside the model
+    record: Callable[[TensorInputs], dict[str, torch.Tensor]] | None = (
+        None  # what is written beside the model
+    )
     elects: bool = False  # lets the adapters vote on signs
     equal_ranks: bool = False  # of all adapters of a tensor
     check: Callable[[Sequence[Planned]], None] = lambda planned: None  # refuses what it cannot merge
@@ -77,7 +79,9 @@ class Method:
     def carried(self, planned: Planned) -> int:
         """The rank that a tensor's merged update can have before `rank` cuts it."""
         smaller = min(planned.shape)
-        return smaller if self.result.dense else min(self.result.of(planned.ranks, planned.parameters), smaller)
+        return (
+            smaller if self.result.dense else min(self.result.of(planned.ranks, planned.parameters), smaller)
+        )
 
     def bind(self, values: Mapping[str, Any]) -> Parameters:
         """Validated parameters.
@@ -102,7 +106,9 @@ class Method:
             InputError: a value out of range, or ranks that are not known beforehand where they must be equal.
         """
         if self.equal_ranks and values.get("extract_energy"):
-            raise InputError(f"extract_energy: {self.name} needs adapters of equal rank; give extract_rank instead")
+            raise InputError(
+                f"extract_energy: {self.name} needs adapters of equal rank; give extract_rank instead"
+            )
         return self.bind({name: values[name] for name in PER_MODEL if name in values}).extraction
 
     def parameter_fields(self) -> dict[str, FieldInfo]:

@@ -51,7 +51,9 @@ def align_pairs(
         what = f"{'query-key' if role == 'q' else 'value-output'} alignment"
         names = [pair.plan.name for pair in batch]
         try:
-            inner_x, inner_y, solution = solve(batch, lambda done, left, what=what: progress(what, done, left))
+            inner_x, inner_y, solution = solve(
+                batch, lambda done, left, what=what: progress(what, done, left)
+            )
         except FloatingPointError as error:
             culprit = batch[error.args[1]].plan
             raise InputError(
@@ -78,7 +80,9 @@ def solve_products(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
     # Folded in float64, where the targets cancel; float32 is enough for the steps.
     problem = type(problem)(*(t.to(batch[0].x.K.dtype) for t in problem))
     rope = p.rope_safe and plan.x.role == "q" and plan.geometry.rotary_dim != 0
-    return align_attention(problem, **_solver(p, progress), rope_safe=rope, rotary_dim=plan.geometry.rotary_dim)
+    return align_attention(
+        problem, **_solver(p, progress), rope_safe=rope, rotary_dim=plan.geometry.rotary_dim
+    )
 
 
 def solve_pairwise(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
@@ -117,5 +121,7 @@ def _write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str
             f = LoraFactors(f.B, inner_to_A(S)[: f.rank].to(f.A))
         else:
             part = inner_to_B(S)[:, : f.rank].to(f.B)
-            f = LoraFactors(f.B.index_copy(0, g.rows(side.role).to(f.B.device), part) if g.fused else part, f.A)
+            f = LoraFactors(
+                f.B.index_copy(0, g.rows(side.role).to(f.B.device), part) if g.fused else part, f.A
+            )
         inputs.factors[index] = oriented(g, f)

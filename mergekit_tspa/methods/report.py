@@ -26,7 +26,12 @@ class Report:
 
     @classmethod
     def of(
-        cls, stage: str, names: Sequence[str], adapters: Sequence[Sequence[Adapter]], solution: Solution, axis: int
+        cls,
+        stage: str,
+        names: Sequence[str],
+        adapters: Sequence[Sequence[Adapter]],
+        solution: Solution,
+        axis: int,
     ) -> "Report":
         """
         Args:

@@ -16,18 +16,29 @@ from mergekit_tspa.updates import LoraFactors, nonzero
 
 
 class RobustMergeParameters(OneByOneParameters):
-    lambda_: float = Field(2.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update")
-    density: float = Field(0.2, gt=0, le=1, description="share of the entries kept in each factor, the largest")
+    lambda_: float = Field(
+        2.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update"
+    )
+    density: float = Field(
+        0.2, gt=0, le=1, description="share of the entries kept in each factor, the largest"
+    )
 
 
 class RobustMergeCodeParameters(RobustMergeParameters):
     lambda_: float = Field(
-        4.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update, 2 for each of its factors"
+        4.0,
+        alias="lambda",
+        allow_inf_nan=False,
+        description="factor on the merged update, 2 for each of its factors",
     )
-    att: float = Field(0.2, ge=0, le=1, description="share of rank directions with a weight of their own, the largest")
+    att: float = Field(
+        0.2, ge=0, le=1, description="share of rank directions with a weight of their own, the largest"
+    )
 
 
-def robustmerge(factors: Sequence[LoraFactors], weights: Sequence[float], *, density: float = 0.2) -> LoraFactors:
+def robustmerge(
+    factors: Sequence[LoraFactors], weights: Sequence[float], *, density: float = 0.2
+) -> LoraFactors:
     """`sum_t a_t Bh_t diag(s_t / sum_u s_u) Ah_t`, of rank `sum_t r_t` (Eq. 3-4).
 
     Hats mark pruned factors and `s_t[i] = ||A_t[i]||_1 / ||Ah_t[i]||_1` is what row i lost.  Rows that lost everything,

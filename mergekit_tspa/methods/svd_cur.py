@@ -24,10 +24,14 @@ Shared = Literal["mean", "sum"]
 
 class SvdCurParameters(OneByOneParameters):
     k: int | None = Field(None, ge=0, description="shared singular directions; the largest rank by default")
-    c: int | None = Field(None, ge=1, description="rows and columns per adapter; half the largest rank by default")
+    c: int | None = Field(
+        None, ge=1, description="rows and columns per adapter; half the largest rank by default"
+    )
     gamma: float = Field(1.0, ge=0, le=1, description="weight of the rows and columns")
     select: Select = Field("deim", description="how rows and columns are chosen")
-    combine: Combine = Field("residual", description="whether rows and columns are of what the shared part leaves")
+    combine: Combine = Field(
+        "residual", description="whether rows and columns are of what the shared part leaves"
+    )
     shared: Shared = Field("mean", description="how the shared parts are merged")
 
 

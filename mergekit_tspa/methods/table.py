@@ -1,6 +1,5 @@
 """The method table as text: what `mergekit-tspa methods` and the README show."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -8,10 +7,10 @@ from pydantic.fields import FieldInfo
 
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.compose import FACTOR_RULES, SPACES
 from mergekit_tspa.methods.inputs import OneByOneParameters, Parameters
 from mergekit_tspa.methods.method import Method
-from mergekit_tspa.methods.rules import RULES
+from mergekit_tspa.methods.rules import RULES, Rule
+from mergekit_tspa.methods.spaces import SPACES, Space
 
 _COMMON = {(field.description, field.default) for field in OneByOneParameters.model_fields.values()}
 
@@ -26,8 +25,7 @@ class Section(NamedTuple):
 
 def sections() -> list[Section]:
     """Methods of their own, then the rules and the spaces that make the other ones."""
-    combined = {f"{space.name}_{rule.name}" for space in SPACES for rule in RULES}
-    combined |= {f"factor_{name}" for name in FACTOR_RULES}
+    combined = {f"{space.name}_{rule.name}" for space in SPACES for rule in RULES if space.takes(rule)}
     own = [method for name, method in METHODS.items() if name not in combined]
     return [
         Section(
@@ -38,39 +36,12 @@ def sections() -> list[Section]:
         Section(
             "A rule in a space, `<space>_<rule>`: the rules",
             ("rule", "what it does with the updates", "spaces", "own parameters", "paper"),
-            [
-                (
-                    f"`_{rule.name}`",
-                    rule.summary,
-                    "all" if rule.name in FACTOR_RULES else "all but `factor_`",
-                    _parameters(rule.parameters),
-                    _paper(rule.paper, rule.url),
-                )
-                for rule in RULES
-            ],
+            [_rule_row(rule) for rule in RULES],
         ),
         Section(
             "The spaces",
             ("space", "where the updates are compared", "rank of the result", "own parameters", "paper"),
-            [
-                (
-                    f"`{space.name}_`",
-                    space.summary,
-                    space.result.label,
-                    _parameters(space.parameters),
-                    _paper(space.paper, space.url) if space.paper else "-",
-                )
-                for space in SPACES
-            ]
-            + [
-                (
-                    "`factor_`",
-                    "all `B` and all `A` apart, as PEFT does; contains cross terms `B_t A_u`; equal ranks",
-                    "largest rank",
-                    "`convention` peft, no `scope`",
-                    _paper("PEFT", "https://huggingface.co/docs/peft/developer_guides/model_merging"),
-                )
-            ],
+            [_space_row(space) for space in SPACES],
         ),
     ]
 
@@ -84,11 +55,6 @@ def markdown() -> str:
     return "\n\n".join(parts)
 
 
-def plain(cell: str) -> str:
-    """A cell without its Markdown."""
-    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).replace("`", "")
-
-
 def find(name: str) -> Method:
     """
     Raises:
@@ -96,7 +62,9 @@ def find(name: str) -> Method:
     """
     if name not in METHODS:
         near = nearest(name, METHODS, n=3)
-        raise InputError(f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else ""))
+        raise InputError(
+            f"there is no method {name!r}" + (f"; do you mean {' or '.join(near)}?" if near else "")
+        )
     return METHODS[name]
 
 
@@ -107,7 +75,12 @@ def about(name: str) -> str:
         InputError: there is none of that name.
     """
     method = find(name)
-    lines = [f"**{method.name}**: {method.title}", "", f"{method.summary}. {_paper(method.paper, method.url)}", ""]
+    lines = [
+        f"**{method.name}**: {method.title}",
+        "",
+        f"{method.summary}. {_paper(method.paper, method.url)}",
+        "",
+    ]
     lines += [f"- needs: {_needs(method)}", f"- rank of the result: {method.result.label}"]
     lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
     lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
@@ -140,7 +113,9 @@ def describe(field: FieldInfo) -> str:
     text = "none" if field.default is None else str(field.default).lower()
     if get_origin(field.annotation) is Literal:
         return " or ".join([text, *(str(v) for v in get_args(field.annotation) if v != field.default)])
-    limits = {key: getattr(b, key) for b in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(b, key)}
+    limits = {
+        key: getattr(b, key) for b in field.metadata for key in ("ge", "gt", "le", "lt") if hasattr(b, key)
+    }
     low = f"[{limits['ge']:g}" if "ge" in limits else f"({limits['gt']:g}" if "gt" in limits else None
     high = f"{limits['le']:g}]" if "le" in limits else f"{limits['lt']:g})" if "lt" in limits else None
     if low and high and max(limits.values()) < 1e5:
@@ -159,15 +134,44 @@ def _method_row(method: Method) -> tuple[str, ...]:
     )
 
 
+def _rule_row(rule: Rule) -> tuple[str, ...]:
+    refused = [f"`{space.name}_`" for space in SPACES if not space.takes(rule)]
+    whole = METHODS[f"{SPACES[0].name}_{rule.name}"]  # the full space, which has no parameters of its own
+    return (
+        f"`_{rule.name}`",
+        rule.summary,
+        f"all but {', '.join(refused)}" if refused else "all",
+        _parameters(whole.parameters),
+        _paper(rule.paper, rule.url),
+    )
+
+
+def _space_row(space: Space) -> tuple[str, ...]:
+    fields = _fields(space.parameters)
+    fields += [f"`{name}` {default}" for name, default in space.defaults.items()]
+    fields += [] if space.scoped else ["no `scope`"]
+    return (
+        f"`{space.name}_`",
+        space.summary,
+        space.result.label,
+        ", ".join(fields) or "-",
+        _paper(space.paper, space.url) if space.paper else "-",
+    )
+
+
 def _needs(method: Method) -> str:
     needs = (("base weights", method.attention), ("equal ranks", method.equal_ranks))
     return ", ".join(what for what, needed in needs if needed) or "-"
 
 
 def _parameters(parameters: type[Parameters]) -> str:
+    return ", ".join(_fields(parameters)) or "-"
+
+
+def _fields(parameters: type[Parameters]) -> list[str]:
     """Names with defaults and ranges, without those that every method has in the same sense."""
     fields = {n: f for n, f in parameters.model_fields.items() if (f.description, f.default) not in _COMMON}
-    return ", ".join(f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()) or "-"
+    return [f"`{f.alias or n}` {describe(f)}" for n, f in fields.items()]
 
 
 def _paper(paper: str, url: str) -> str:

@@ -30,11 +30,18 @@ class SolverParameters(Parameters):
         "linear",
         description="`weight` is a multiple of an adapter's update; or, as printed in the paper, of each of its factors",
     )
-    seed: int = Field(42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need")
-    tolerance: float = Field(
-        0.0, ge=0, lt=1, description="stop when 20 steps lower the objective by less than this fraction; 0: never"
+    seed: int = Field(
+        42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need"
     )
-    solver: Literal["amsgrad", "geoopt"] = Field("amsgrad", description="own fast step, or geoopt's as the reference")
+    tolerance: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="stop when 20 steps lower the objective by less than this fraction; 0: never",
+    )
+    solver: Literal["amsgrad", "geoopt"] = Field(
+        "amsgrad", description="own fast step, or geoopt's as the reference"
+    )
 
 
 class LoraParameters(SolverParameters):
@@ -84,7 +91,9 @@ def weighted(inputs: Sequence[TensorInputs]) -> list[TensorInputs]:
     return [
         w
         if w.parameters.coefficients == "paper"
-        else w._replace(factors=[f.scaled(a) for f, a in zip(w.factors, w.weights)], weights=[1.0] * len(w.weights))
+        else w._replace(
+            factors=[f.scaled(a) for f, a in zip(w.factors, w.weights)], weights=[1.0] * len(w.weights)
+        )
         for w in inputs
     ]
 
@@ -143,7 +152,9 @@ def align_tensors(
                 f"{culprit.name}: the loss of LoRA alignment is not finite; "
                 f"adapters {', '.join(adapter.name for adapter in culprit.adapters)}"
             ) from error
-        reports.append(Report.of("LoRA alignment", names, [inputs[i].adapters for i in batch], solution, axis=1))
+        reports.append(
+            Report.of("LoRA alignment", names, [inputs[i].adapters for i in batch], solution, axis=1)
+        )
         for i, (B, A), a, R_i, s_i in zip(batch, stacked, weights, R, s):
             merged[i] = LowRank(*sum_aligned(B, A, a, R_i, s_i).scaled(inputs[i].parameters.lambda_))
     return [merged[i] for i in range(len(inputs))], reports

@@ -1,4 +1,6 @@
-"""mergekit's side: references, recipe checks, planning and tasks.  The only package that imports mergekit."""
+"""mergekit's side: references, recipe checks, planning and tasks.  Only `compat` imports mergekit."""
+
+from mergekit_tspa.plugin.compat import import_methods
 
 # First, so that registration finds the modules of this package whole, whichever of them a program imports.
-import mergekit.merge_methods  # noqa: F401
+import_methods()

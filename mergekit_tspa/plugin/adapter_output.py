@@ -4,16 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mergekit import merge
-from mergekit.common import dtype_from_name
-from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor, Task
-from mergekit.io.tasks import LoaderCache
-from mergekit.multigpu_executor import MultiGPUExecutor
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from pydantic import ConfigDict
 
+from mergekit_tspa.plugin.compat import (
+    Executor,
+    LoaderCache,
+    MergeConfiguration,
+    MergeOptions,
+    MergePlanner,
+    MultiGPUExecutor,
+    Task,
+    dtype_from_name,
+    get_architecture_info,
+    plan,
+)
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
@@ -21,7 +25,7 @@ from mergekit_tspa.merging.plan import MergePlan
 from mergekit_tspa.merging.servable import adapter_tensors, module_name
 from mergekit_tspa.plugin.card import adapter_card
 from mergekit_tspa.plugin.output import refuse_inputs
-from mergekit_tspa.plugin.planning import MergeTasks, PlannedRecipe, log_task
+from mergekit_tspa.plugin.planning import merge_of, MergeTasks, PlannedRecipe, log_task
 from mergekit_tspa.plugin.recipe import span
 from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields
 from mergekit_tspa.updates import LowRank
@@ -64,7 +68,7 @@ class SaveAdapter(Task[None], frozen=True):
 
 def make_planner(config: MergeConfiguration, options: MergeOptions) -> MergePlanner:
     """As `run_merge` makes it, but for the layers that slices add to or take from the output's configuration."""
-    architecture = merge.get_architecture_info(config, options)
+    architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     base = config.base_model.config(options.trust_remote_code)
     return MergePlanner(config, architecture, options=options, out_model_config=base)
@@ -84,7 +88,9 @@ def adapter_file(recipe: PlannedRecipe, directory: Path, source: str | None = No
         raise InputError("an adapter has no tokenizer of its own; leave the tokenizer options out")
     tensors = adapter_tensors(recipe.merge, base)
     architecture = (base.config.get("architectures") or [""])[0]
-    causal = "CAUSAL_LM" if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) else None
+    causal = (
+        "CAUSAL_LM" if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) else None
+    )
     return AdapterFile(
         tensors=tensors,
         directory=directory,
@@ -110,11 +116,13 @@ def weight_ranges(plan: MergePlan) -> dict[str, str]:
     return {name: span(used) for name, used in plan.weights_of().items()}
 
 
-def write_merged_adapter(config: MergeConfiguration, merge_options: MergeOptions, out_path: Path, source: str) -> None:
+def write_merged_adapter(
+    config: MergeConfiguration, merge_options: MergeOptions, out_path: Path, source: str
+) -> None:
     planner = make_planner(config, merge_options)
     refuse_inputs(config, out_path)
-    planner._plan()
-    merge = planner.adapter_merge
+    plan(planner)
+    merge = merge_of(planner)
     save = adapter_task(merge, out_path, source)
     tasks = [save, log_task(merge, save)]
     if merge_options.multi_gpu:

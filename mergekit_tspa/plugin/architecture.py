@@ -1,21 +1,27 @@
-"""Which tensors a merge goes through: those of mergekit's definition where it fits the base, else the base's own."""
+"""Which tensors a merge has: those of mergekit's definition, or all of a base that it does not describe."""
 
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from mergekit.architecture import ModelArchitecture, ModuleDefinition, WeightInfo
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
-from mergekit.architecture.json_definitions import JsonLayerTemplates, JsonModuleArchDef, JsonModuleArchitecture
-from mergekit.common import get_auto_cls
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.plugin.compat import (
+    JsonLayerTemplates,
+    JsonModuleArchDef,
+    JsonModuleArchitecture,
+    MergeConfiguration,
+    MergeOptions,
+    ModelArchitecture,
+    ModuleDefinition,
+    WeightInfo,
+    can_convert_checkpoint_keys,
+    get_auto_cls,
+)
 
 LOG = logging.getLogger(__name__)
 
@@ -24,26 +30,33 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 
 def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    """The architecture as mergekit knows it, or one of the base's own tensors if that is not what the base has.
+    """The architecture as mergekit knows it, or one of the base's own tensors if the base has other ones.
 
-    mergekit's definitions are of one variant and age of a model: GPT-NeoX's has buffers that are not saved any more,
-    T5's the gated layers of version 1.1, RoBERTa's the prefix of models with a head, Gemma 3's an older vision tower.
+    mergekit's definitions are of one variant and age of a model: GPT-NeoX's has buffers that are not saved
+    any more, T5's the gated layers of version 1.1, RoBERTa's the prefix of models with a head, Gemma 3's an
+    older vision tower.
 
     Args:
         find: mergekit's own way
 
     Raises:
-        InputError: there is no base, or it is no model of one class, it lacks tensors that transformers needs too, or
-            the recipe does not go by its modules.
+        InputError: there is no base, or it is no model of one class, it lacks tensors that transformers needs
+            too, or the recipe does not go by its modules.
     """
     reference = config.base_model
     try:
         model_config = reference.config(options.trust_remote_code)
-    except Exception as error:  # not there, not reachable, damaged, unknown: transformers has many words for it
+    except (
+        Exception
+    ) as error:  # not there, not reachable, damaged, unknown: transformers has many words for it
         what = str(error).strip().splitlines()[0]
-        raise InputError(f"{reference}: no model, here or on the hub, whose config.json can be read: {what}") from error
+        raise InputError(
+            f"{reference}: no model, here or on the hub, whose config.json can be read: {what}"
+        ) from error
     if len(model_config.architectures or ()) != 1:
-        raise InputError(f"{reference}: its config.json does not name the class of the model; complete architectures")
+        raise InputError(
+            f"{reference}: its config.json does not name the class of the model; complete architectures"
+        )
     known = find(config, options)
     checkpoint = Checkpoint(reference.local_path(options.transformers_cache))
     base = ModelTensors.of(str(reference), checkpoint, model_config.to_dict())
@@ -53,16 +66,20 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
         _check_complete(config, options)
         if aligned:
             raise InputError(
-                f"{reference}: it has no {misfit}, which mergekit's definition of it asks for, so that it is not known "
-                "where its vocabulary is; leave out the tokenizer options"
+                f"{reference}: it has no {misfit}, which mergekit's definition of it asks for, so that it is "
+                "not known where its vocabulary is; leave out the tokenizer options"
             )
     elif forgotten := next(_forgotten(known.all_weights(model_config), base), None):
         if aligned or config.modules:  # which go by the definition
-            LOG.warning("%s: mergekit's definition of it lacks %s, so it is not in the output", reference, forgotten)
+            LOG.warning(
+                "%s: mergekit's definition of it lacks %s, so it is not in the output", reference, forgotten
+            )
         else:
             misfit = forgotten
     if misfit:
-        LOG.info("%s: mergekit's definition of it does not fit %s; all its tensors are taken", reference, misfit)
+        LOG.info(
+            "%s: mergekit's definition of it does not fit %s; all its tensors are taken", reference, misfit
+        )
         known = _of_tensors(checkpoint.headers)
     there = ", ".join(sorted(known.modules))
     if unknown := set(config.modules or ()) - known.modules.keys():
@@ -75,7 +92,9 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
     return known
 
 
-def _check_layers(config: MergeConfiguration, known: ModelArchitecture, model_config: PretrainedConfig) -> None:
+def _check_layers(
+    config: MergeConfiguration, known: ModelArchitecture, model_config: PretrainedConfig
+) -> None:
     """
     Raises:
         InputError: a slice takes layers that the base does not have.
@@ -95,18 +114,23 @@ def _check_layers(config: MergeConfiguration, known: ModelArchitecture, model_co
 
 def _misfits(weights: Collection[WeightInfo], base: ModelTensors, model_type: str) -> Iterator[str]:
     """Weights that mergekit would look for in vain, or not plan at all."""
+    stored = set(base.shapes)
     for weight in weights:
         names = (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
         if weight.optional:
             if weight.aliases:  # the planner of mergekit 0.1.5 stops with a TypeError
                 yield weight.name
-        elif not any(base.has(n) or can_convert_checkpoint_keys(model_type, base.shapes.keys(), n) for n in names):
+        elif not any(base.has(n) or can_convert_checkpoint_keys(model_type, stored, n) for n in names):
             yield weight.name
 
 
 def _forgotten(weights: Collection[WeightInfo], base: ModelTensors) -> Iterator[str]:
     """Tensors of the base that would not be part of the output."""
-    asked = {name for weight in weights for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))}
+    asked = {
+        name
+        for weight in weights
+        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+    }
     return (tensor for tensor in base.shapes if asked.isdisjoint(base.places(tensor)))
 
 
@@ -117,14 +141,17 @@ def _check_complete(config: MergeConfiguration, options: MergeOptions) -> None:
     """
     reference = config.base_model
     try:
-        architecture = reference.config(options.trust_remote_code).architectures[0]
-        _, loading = get_auto_cls(architecture).from_pretrained(
+        model_config: Any = reference.config(options.trust_remote_code)
+        auto_class: Any = get_auto_cls(model_config.architectures[0])
+        _, loading = auto_class.from_pretrained(
             reference.local_path(options.transformers_cache),
             trust_remote_code=options.trust_remote_code,
             device_map="meta",
             output_loading_info=True,
         )
-    except Exception as error:  # code that is not there, or of another version: then nobody knows better than the file
+    except (
+        Exception
+    ) as error:  # code that is not there, or of another version: then nobody knows better than the file
         LOG.info("%s: transformers cannot say what belongs to it (%s)", reference, error)
         return
     if missing := loading["missing_keys"]:
@@ -132,7 +159,7 @@ def _check_complete(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def _of_tensors(headers: Mapping[str, tuple[tuple[int, ...], str]]) -> ModelArchitecture:
-    """All tensors of a checkpoint, under their names there; a module per stack of layers, if there are several."""
+    """All tensors of a checkpoint, under their names there; one module per stack of layers."""
     stacks: dict[str, dict[str, set[int]]] = {}  # of each stack, in which layers a tensor is
     loose = []
     for name, (_, dtype) in headers.items():
@@ -140,11 +167,15 @@ def _of_tensors(headers: Mapping[str, tuple[tuple[int, ...], str]]) -> ModelArch
             template = f"{name[: found.start()]}.${{layer_index}}.{name[found.end() :]}"
             stacks.setdefault(name[: found.start()], {}).setdefault(template, set()).add(int(found[1]))
         else:  # indices are not converted to the dtype of a merge
-            loose.append(WeightInfo(name=name, force_dtype="int64" if dtype in ("I64", "torch.int64") else None))
+            loose.append(
+                WeightInfo(name=name, force_dtype="int64" if dtype in ("I64", "torch.int64") else None)
+            )
     if len(stacks) == 1:
         modules = {"default": _module(loose, *stacks.values())}
     else:
-        modules = {"default": _module(loose, {})} | {name: _module([], stack) for name, stack in stacks.items()}
+        modules = {"default": _module(loose, {})} | {
+            name: _module([], stack) for name, stack in stacks.items()
+        }
     return ModelArchitecture(modules=modules, architectures=[], model_type="")
 
 

@@ -6,11 +6,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import yaml
-from mergekit.card import CARD_TEMPLATE
-from mergekit.common import ModelPath
-from mergekit.config import MergeConfiguration
 
 from mergekit_tspa.methods import METHODS
+from mergekit_tspa.plugin.compat import CARD_TEMPLATE, MergeConfiguration, ModelPath
 from mergekit_tspa.plugin.recipe import weights_of
 
 
@@ -34,7 +32,7 @@ def model_card(config: MergeConfiguration, config_yaml: str, name: str | None = 
 
 
 def adapter_card(config: MergeConfiguration, weights: Mapping[str, str], source: str) -> str:
-    """The card of an adapter: base, method, versions and seed, `weights` of the adapters, and the recipe `source`."""
+    """The card of an adapter: base, method, versions, seed, `weights` of the adapters, and the recipe."""
     base = str(config.base_model)
     metadata = {"base_model": base, "library_name": "peft", "tags": ["mergekit", "merge", "lora"]}
     return (
@@ -47,7 +45,9 @@ def adapter_card(config: MergeConfiguration, weights: Mapping[str, str], source:
 
 
 def _table(weights: Mapping[str, str]) -> str:
-    return "\n".join(["| input | weight |", "|---|---|", *(f"| {name} | {used} |" for name, used in weights.items())])
+    return "\n".join(
+        ["| input | weight |", "|---|---|", *(f"| {name} | {used} |" for name, used in weights.items())]
+    )
 
 
 def _method(config: MergeConfiguration) -> str:
@@ -57,7 +57,9 @@ def _method(config: MergeConfiguration) -> str:
 
 def _made_by(config: MergeConfiguration) -> str:
     """Versions, and the seed of methods that have one."""
-    versions = ", ".join(f"{package} {version(package)}" for package in ("mergekit-tspa", "mergekit", "torch"))
+    versions = ", ".join(
+        f"{package} {version(package)}" for package in ("mergekit-tspa", "mergekit", "torch")
+    )
     fields = METHODS[config.merge_method].parameter_fields()
     seed = (config.parameters or {}).get("seed", fields["seed"].default) if "seed" in fields else None
     return f"with {versions}" + (f" and seed {seed}" if seed is not None else "")

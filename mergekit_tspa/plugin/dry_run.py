@@ -14,15 +14,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache, LoadTensor
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
+from mergekit_tspa.plugin.compat import (
+    LoadTensor,
+    LoaderCache,
+    MergeConfiguration,
+    MergeOptions,
+    MergePlanner,
+    ModelReference,
+    aligns_vocabulary,
+    stored_name,
+)
 from mergekit_tspa.adapters import kind_of, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.errors import InputError
@@ -31,7 +36,7 @@ from mergekit_tspa.insight.inspection import short_names
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin.adapter_output import adapter_file, make_planner, weight_ranges
 from mergekit_tspa.plugin.merge_method import ADAPTER
-from mergekit_tspa.plugin.planning import PlannedRecipe
+from mergekit_tspa.plugin.planning import merge_of, PlannedRecipe
 from mergekit_tspa.plugin.recipe import complete, filters, sources
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 
@@ -57,7 +62,9 @@ class DryRun:
         name, base = (Column(header, overflow="fold") for header in ("adapter", "trained on"))
         table = Table(name, *columns, base, show_lines=True)
         for name, adapter in zip(names, self.adapters):
-            row = adapter.row(weights.get(adapter.adapter.name, "-"), statistics.median(norms) if norms else 0)
+            row = adapter.row(
+                weights.get(adapter.adapter.name, "-"), statistics.median(norms) if norms else 0
+            )
             table.add_row(name, *row)
         if self.adapters:
             console.print(table)
@@ -83,7 +90,9 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
         base = config.base_model
         given = sorted(stages & {model.model.path for model in config.referenced_models()})
         for stage in given:
-            run.warnings.append(f"{stage} is the result of another stage and taken as given: the plan is not checked")
+            run.warnings.append(
+                f"{stage} is the result of another stage and taken as given: the plan is not checked"
+            )
         staged = base is not None and base.model.path in stages
         unreadable = f"base {base} is not readable as a model"
         found = base and not staged and attempt(problems, unreadable, lambda: _open_base(base, options))
@@ -127,7 +136,7 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
     """Plan the merge as mergekit would, and look at the plan."""
     planner = make_planner(config, options)
     planner.plan_to_disk(os.devnull)  # where no earlier merge lies
-    tasks = planner.adapter_merge
+    tasks = merge_of(planner)
     recipe = tasks.recipe
     index = LoaderCache().get(config.base_model).index
     return Forecast(
@@ -138,7 +147,7 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
         adapter=_adapter(recipe),
         wants_adapter=bool((config.parameters or {}).get(ADAPTER.name)),
         filters=frozenset(filters(config)),
-        aligned=bool(planner._tokenizer_task),
+        aligned=aligns_vocabulary(planner),
         safetensors=options.safe_serialization,
         shard_limit=options.out_shard_size,
         base_shard=max(os.path.getsize(Path(index.base_path, shard.filename)) for shard in index.shards),
@@ -156,7 +165,7 @@ def _stored(planner: MergePlanner, recipe: PlannedRecipe) -> dict[str, StoredAs 
         load = recipe.loads.get(weight.name) or LoadTensor(  # its vocabulary is aligned
             model=config.base_model, tensor=weight.name, aliases=weight.aliases, tied_names=weight.tied_names
         )
-        name = load._resolve_name(loader)
+        name = stored_name(load, loader)
         parts = [headers[part] for part in ([name] if name else base.find_parts(load.tensor))]
         dtype = weight.force_dtype or config.out_dtype or config.dtype or (parts[0][1] if parts else "")
         stored[weight.name] = StoredAs(sum(math.prod(shape) for shape, _ in parts), dtype) if parts else None
@@ -178,7 +187,9 @@ def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:
     except InputError as error:
         problems.append(error.message)
     except ValidationError as error:
-        problems += [f"{what}: {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()]
+        problems += [
+            f"{what}: {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()
+        ]
     except Exception as error:  # mergekit, transformers and the hub raise a dozen unrelated types
         problems.append(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     return None

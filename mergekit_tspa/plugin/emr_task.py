@@ -5,14 +5,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tensor_writer import TensorWriter
 from tqdm import tqdm
 
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS, task_update
+from mergekit_tspa.plugin.compat import LazyTensorLoader, ModelReference, ShardedTensorIndex, TensorWriter
 from mergekit_tspa.plugin.output import replaced
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
@@ -30,7 +28,9 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
         InputError: not an EMR merge, an unknown task, or `out` is there already.
     """
     if not (merged / DESCRIPTION).is_file():
-        raise InputError(f"{merged}: no {DESCRIPTION} there; give the output directory of a merge with an emr method")
+        raise InputError(
+            f"{merged}: no {DESCRIPTION} there; give the output directory of a merge with an emr method"
+        )
     if not (merged / "config.json").is_file():
         raise InputError(f"{merged}: no config.json there; the merge did not finish, run it again")
     description = json.loads((merged / DESCRIPTION).read_text(encoding="utf-8"))
@@ -39,23 +39,36 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
     if out.exists():
         raise InputError(f"{out}: is there already; name another directory with --out")
     records = Checkpoint(merged, (RECORDS,))
-    base = description["base_model"]
+    base_model = description["base_model"]
     try:
-        base = ModelReference.parse(base).lazy_loader(lazy_unpickle=False)
+        base = ModelReference.parse(base_model).lazy_loader(lazy_unpickle=False)
     except Exception as error:  # not there, not reachable, not a model: all need the same way out
-        raise InputError(f"{base}: the base of {merged} cannot be read ({error}); put it there again") from error
+        raise InputError(
+            f"{base_model}: the base of {merged} cannot be read ({error}); put it there again"
+        ) from error
     unified = LazyTensorLoader(ShardedTensorIndex.from_disk(str(merged)), lazy_unpickle=False)
     with replaced(out) as partial, TensorWriter(str(partial)) as writer:
         ignored = lambda _, names: [n for n in names if n.endswith(_WEIGHTS) or n == DESCRIPTION]  # noqa: E731
         shutil.copytree(merged, partial, ignore=ignored, dirs_exist_ok=True)
         for name in tqdm(unified.index.tensor_paths, desc=f"rebuilding {task}", disable=quiet):
-            tensor = unified.get_tensor(name)
+            tensor = _tensor(unified, name)
             if name in weights:
-                before = base.get_tensor(weights[name]["base"])
+                before = _tensor(base, weights[name]["base"])
                 position = _position(records, name, weights[name]["tasks"], chosen)
                 update = None if position is None else task_update(_record(records, name), position)
                 tensor = (before if update is None else update.apply_to(before)).to(tensor.dtype)
             writer.save_tensor(name, tensor)
+
+
+def _tensor(loader: LazyTensorLoader, name: str) -> torch.Tensor:
+    """
+    Raises:
+        KeyError: there is no such tensor.
+    """
+    tensor = loader.get_tensor(name)
+    if tensor is None:
+        raise KeyError(name)
+    return tensor
 
 
 def _find(task: str, known: set[str]) -> str:

@@ -1,42 +1,75 @@
-"""What the post-import hooks do to mergekit's modules; everything else in mergekit stays as it is."""
+"""What the post-import hooks do to mergekit's modules; everything else in mergekit stays as it is.
 
-import functools
+Each hook is called with the function of mergekit in whose place it stands, and with that one's arguments.
+"""
+
+from __future__ import (
+    annotations,  # a name of mergekit may not be imported yet while mergekit is half imported
+)
+
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 from click import ClickException
 
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
+from mergekit_tspa.plugin import compat
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from mergekit_tspa.plugin.merge_method import AdapterMergeMethod
 
 LOG = logging.getLogger(__name__)
 
+Hook: TypeAlias = Callable[..., Any]
 
-class PrintedError(InputError, ClickException):
+_registered: list[AdapterMergeMethod] = []
+_said = False  # whether it was said that mergekit does not fit
+
+
+class PrintedError(ClickException, InputError):  # type: ignore[misc]  # both set `message`, to the same
     """What `mergekit-yaml` and `mergekit-multi` print as one sentence, where they would show a traceback."""
 
-    def __init__(self, message: str):
-        ClickException.__init__(self, message)
+
+def extend(module: ModuleType) -> None:
+    """Extend one of the hooked modules, if what was seen of mergekit so far fits."""
+    name = module.__name__
+    if not _fits(compat.look(executed=name)):
+        return
+    if name == "mergekit.merge_methods.registry":
+        _register_methods(module)
+    elif name == "mergekit.evo.genome":
+        _search_weights()
+    for needed, hook in _HOOKS.items():
+        if needed.module == name:
+            compat.surround(needed, hook)
 
 
-def extend(module) -> None:
-    """Extend one of the hooked modules."""
-    {
-        "mergekit.evo.genome": _evolve_weights,
-        "mergekit.merge_methods.registry": _register_methods,
-        "mergekit.merge": _complete_recipes,
-        "mergekit.plan": _plan_tasks,
-    }[module.__name__](module)
+def _fits(fits: bool) -> bool:
+    """Pass on whether mergekit fits; if it does not, say so once and take our methods out of it."""
+    global _said
+    if not fits and not _said:
+        _said = True
+        LOG.warning("%s", compat.sentence())
+        while _registered:
+            compat.unregister(_registered.pop())
+    return fits
 
 
 def _ours(name: str) -> bool:
     """Whether mergekit knows this method from us; a later mergekit may bring one of the same name."""
-    from mergekit.merge_methods.registry import registered_methods
-
+    if name not in METHODS or not _fits(compat.look_everywhere()):
+        return False
     from mergekit_tspa.plugin.merge_method import AdapterMergeMethod
 
-    return any(method.spec.name == name and isinstance(method, AdapterMergeMethod) for method in registered_methods())
+    registered = {method.spec.name: method for method in compat.registered_methods()}
+    return isinstance(registered.get(name), AdapterMergeMethod)
 
 
 def _refuse_misspelt(name: str) -> None:
@@ -44,14 +77,12 @@ def _refuse_misspelt(name: str) -> None:
     Raises:
         InputError: a method that mergekit does not know and whose name is nearly one of ours.
     """
-    from mergekit.merge_methods.registry import registered_methods
-
     near = nearest(name, METHODS, cutoff=0.8)
-    if near and name not in {method.spec.name for method in registered_methods()}:
+    if near and _registered and name not in {method.spec.name for method in compat.registered_methods()}:
         raise InputError(f"there is no merge_method {name!r}; do you mean {near[0]}?")
 
 
-def _register_methods(registry) -> None:
+def _register_methods(registry: ModuleType) -> None:
     from mergekit_tspa.plugin.merge_method import AdapterMergeMethod
 
     taken = {method.spec.name for method in registry.registered_methods()}
@@ -59,144 +90,130 @@ def _register_methods(registry) -> None:
         if name in taken:
             LOG.warning("mergekit already has a method %s; mergekit_tspa's is not registered", name)
         else:
-            registry.register(AdapterMergeMethod(method))
+            _registered.append(AdapterMergeMethod(method))
+            registry.register(_registered[-1])
 
 
-def _complete_recipes(merge) -> None:
+def _get_architecture_info(
+    original: Hook, config: compat.MergeConfiguration, options: compat.MergeOptions
+) -> compat.ModelArchitecture:
     """`run_merge` looks at a recipe for the first time through this function."""
-    original = merge.get_architecture_info
+    if not _ours(config.merge_method):
+        _refuse_misspelt(config.merge_method)
+        return original(config, options)
+    from mergekit_tspa.plugin.architecture import fit_architecture
+    from mergekit_tspa.plugin.recipe import adopt, adopt_modules
 
-    @functools.wraps(original)
-    def get_architecture_info(config, options):
-        if not _ours(config.merge_method):
-            _refuse_misspelt(config.merge_method)
-            return original(config, options)
-        from mergekit_tspa.plugin.architecture import fit_architecture
-        from mergekit_tspa.plugin.recipe import adopt, adopt_modules
-
-        adopt(config, options)
-        architecture = fit_architecture(original, config, options)
-        adopt_modules(config, architecture)
-        return architecture
-
-    merge.get_architecture_info = get_architecture_info
-
-    out_config = merge._model_out_config
-
-    @functools.wraps(out_config)
-    def _model_out_config(config, *args, **kwargs):
-        made = out_config(config, *args, **kwargs)
-        if _ours(config.merge_method):
-            from mergekit_tspa.plugin.output import save_whole
-
-            save_whole(made)
-        return made
-
-    merge._model_out_config = _model_out_config
-
-    run = merge.run_merge
-
-    @functools.wraps(run)
-    def run_merge(merge_config, out_path, options, config_source=None):
-        try:
-            if not _ours(merge_config.merge_method):
-                return run(merge_config, out_path, options, config_source)
-            from mergekit_tspa.plugin.output import held
-            from mergekit_tspa.plugin.recipe import unknown_keys
-
-            for warning in unknown_keys(yaml.safe_load(config_source)) if config_source else ():
-                LOG.warning("%s", warning)
-            with held(Path(out_path)):
-                return run(merge_config, out_path, options, config_source)
-        except InputError as error:
-            raise PrintedError(error.message) from error
-
-    merge.run_merge = run_merge
-
-    card = merge.generate_card
-
-    @functools.wraps(card)
-    def generate_card(config, config_yaml, name=None):
-        if not _ours(config.merge_method):
-            return card(config, config_yaml, name)
-        from mergekit_tspa.plugin.card import model_card
-
-        return model_card(config, config_yaml, name)
-
-    merge.generate_card = generate_card
+    adopt(config, options)
+    architecture = fit_architecture(original, config, options)
+    adopt_modules(config, architecture)
+    return architecture
 
 
-def _evolve_weights(genome) -> None:
+def _model_out_config(
+    original: Hook, config: compat.MergeConfiguration, *args: Any, **kwargs: Any
+) -> PretrainedConfig:
+    made = original(config, *args, **kwargs)
+    if _ours(config.merge_method):
+        from mergekit_tspa.plugin.output import save_whole
+
+        save_whole(made)
+    return made
+
+
+def _run_merge(
+    original: Hook,
+    merge_config: compat.MergeConfiguration,
+    out_path: str,
+    options: compat.MergeOptions,
+    config_source: str | None = None,
+) -> None:
+    try:
+        if not _ours(merge_config.merge_method):
+            return original(merge_config, out_path, options, config_source)
+        from mergekit_tspa.plugin.output import held
+        from mergekit_tspa.plugin.recipe import unknown_keys
+
+        for warning in unknown_keys(yaml.safe_load(config_source)) if config_source else ():
+            LOG.warning("%s", warning)
+        with held(Path(out_path)):
+            return original(merge_config, out_path, options, config_source)
+    except InputError as error:
+        raise PrintedError(error.message) from error
+
+
+def _generate_card(
+    original: Hook, config: compat.MergeConfiguration, config_yaml: str, name: str | None = None
+) -> str:
+    if not _ours(config.merge_method):
+        return original(config, config_yaml, name)
+    from mergekit_tspa.plugin.card import model_card
+
+    return model_card(config, config_yaml, name)
+
+
+def _search_weights() -> None:
     """Let mergekit-evolve search the weights of our methods' inputs."""
+    searched = compat.genome_parameters()
     for name in METHODS:
-        genome.METHOD_PARAM_MAPS.setdefault(name, ["weight"])
-    original = genome.ModelGenome.genotype_merge_config
-
-    @functools.wraps(original)
-    def genotype_merge_config(self, genotype):
-        config = original(self, genotype)
-        if _ours(config.merge_method):
-            # It writes `int8_mask`, and `normalize: false` where none was asked for.
-            asked = self.definition.normalize
-            config.parameters = None if asked is None else {"normalize": asked}
-        return config
-
-    genome.ModelGenome.genotype_merge_config = genotype_merge_config
+        searched.setdefault(name, ["weight"])
 
 
-def _plan_tasks(plan) -> None:
-    original = plan.MergePlanner._plan
+def _genotype_merge_config(original: Hook, genome: Any, genotype: Any) -> compat.MergeConfiguration:
+    config = original(genome, genotype)
+    if _ours(config.merge_method):
+        # It writes `int8_mask`, and `normalize: false` where none was asked for.
+        asked = genome.definition.normalize
+        config.parameters = None if asked is None else {"normalize": asked}
+    return config
 
-    @functools.wraps(original)
-    def _plan(self):
-        if not _ours(self.config.merge_method):
-            return original(self)
+
+def _plan(original: Hook, planner: compat.MergePlanner) -> None:
+    original(planner)
+    if _ours(planner.config.merge_method):
         from mergekit_tspa.plugin.planning import replace_tasks
 
-        original(self)
-        self.adapter_merge = replace_tasks(self)
+        replace_tasks(planner)
 
-    plan.MergePlanner._plan = _plan
 
-    in_memory = plan.MergePlanner.plan_in_memory
+def _plan_in_memory(original: Hook, planner: compat.MergePlanner) -> list[compat.Task]:
+    if _ours(planner.config.merge_method):  # mergekit-evolve comes here, not through `run_merge`
+        from mergekit_tspa.plugin.recipe import adopt
 
-    @functools.wraps(in_memory)
-    def plan_in_memory(self):
-        if _ours(self.config.merge_method):  # mergekit-evolve comes here, not through `run_merge`
-            from mergekit_tspa.plugin.recipe import adopt
+        adopt(planner.config, planner.options)
+    return original(planner)
 
-            adopt(self.config, self.options)
-        return in_memory(self)
 
-    plan.MergePlanner.plan_in_memory = plan_in_memory
+def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -> list[compat.Task]:
+    if not _ours(planner.config.merge_method):
+        return original(planner, out_path)
+    from mergekit_tspa.plugin.output import begin_model
+    from mergekit_tspa.plugin.planning import log_task, merge_of, record_tasks
+    from mergekit_tspa.plugin.recipe import check_output
 
-    to_disk = plan.MergePlanner.plan_to_disk
+    check_output(Path(out_path), planner.config)
+    tasks = original(planner, out_path)
+    begin_model(planner.config, Path(out_path))
+    (finish,) = (task for task in tasks if isinstance(task, compat.FinalizeModel))
+    merge = merge_of(planner)
+    tasks += [log_task(merge, finish), *record_tasks(merge, out_path)]
+    if (planner.config.parameters or {}).get("adapter") is True:
+        from mergekit_tspa.plugin.adapter_output import adapter_task
 
-    @functools.wraps(to_disk)
-    def plan_to_disk(self, out_path):
-        ours = _ours(self.config.merge_method)
-        if ours:
-            from mergekit_tspa.plugin.output import begin_model
-            from mergekit_tspa.plugin.recipe import check_output
+        try:
+            tasks.append(adapter_task(merge, Path(out_path, "adapter")))
+        except InputError as error:
+            LOG.warning("no adapter is written beside the model: %s", error.message)
+    return tasks
 
-            check_output(Path(out_path), self.config)
-        tasks = to_disk(self, out_path)
-        if ours:
-            from mergekit.io.tasks import FinalizeModel
 
-            from mergekit_tspa.plugin.planning import log_task, record_tasks
-
-            begin_model(self.config, Path(out_path))
-            merge = self.adapter_merge
-            (finish,) = (task for task in tasks if isinstance(task, FinalizeModel))
-            tasks += [log_task(merge, finish), *record_tasks(merge, out_path)]
-            if (self.config.parameters or {}).get("adapter") is True:
-                from mergekit_tspa.plugin.adapter_output import adapter_task
-
-                try:
-                    tasks.append(adapter_task(merge, Path(out_path, "adapter")))
-                except InputError as error:
-                    LOG.warning("no adapter is written beside the model: %s", error.message)
-        return tasks
-
-    plan.MergePlanner.plan_to_disk = plan_to_disk
+_HOOKS: dict[compat.Needed, Hook] = {
+    compat.GET_ARCHITECTURE_INFO: _get_architecture_info,
+    compat.MODEL_OUT_CONFIG: _model_out_config,
+    compat.RUN_MERGE: _run_merge,
+    compat.GENERATE_CARD: _generate_card,
+    compat.GENOME_CONFIG: _genotype_merge_config,
+    compat.PLAN: _plan,
+    compat.PLAN_IN_MEMORY: _plan_in_memory,
+    compat.PLAN_TO_DISK: _plan_to_disk,
+}

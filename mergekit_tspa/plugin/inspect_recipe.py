@@ -1,15 +1,13 @@
 """The adapters and the merge of a recipe, measured."""
 
-from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
-from mergekit.options import MergeOptions
-
 from mergekit_tspa.adapters import kind_of, locate_adapter
 from mergekit_tspa.insight.inspection import Inspection, inspect_plan
 from mergekit_tspa.insight.survival import merge_layers
 from mergekit_tspa.methods.inputs import Progress
 from mergekit_tspa.plugin.adapter_output import make_planner
-from mergekit_tspa.plugin.planning import CPU_BYTES
+from mergekit_tspa.plugin.compat import LoaderCache, MergeConfiguration, MergeOptions
+from mergekit_tspa.plugin.compat import plan as plan_tensors
+from mergekit_tspa.plugin.planning import CPU_BYTES, merge_of
 from mergekit_tspa.plugin.recipe import sources
 from mergekit_tspa.plugin.references import FullModelReference
 
@@ -27,12 +25,13 @@ def inspect_recipe(
     """
     progress("planning", 0.0)
     planner = make_planner(config, options)
-    planner._plan()
-    plan = planner.adapter_merge.recipe.merge
+    plan_tensors(planner)
+    plan = merge_of(planner).recipe.merge
     used = {adapter for tensor in plan.every for adapter, _ in tensor.sources}
     adapters, kinds, notes = [], [], []
-    for reference in dict.fromkeys(source.model for source in sources(config) if source.model != config.base_model):
-        adapter = LoaderCache().get(reference).adapter
+    models = dict.fromkeys(source.model for source in sources(config))
+    for reference in [model for model in models if model != config.base_model]:
+        adapter = LoaderCache().get(reference).adapter  # type: ignore[attr-defined]  # a LoraLoader
         if adapter not in used:
             reason = "has tensors trained directly only" if not adapter.modules else "has weight 0 everywhere"
             notes.append(f"{adapter.name}: it {reason}, and is left out here")

@@ -3,7 +3,11 @@
 from typing import Annotated, Any
 
 import torch
-from mergekit.merge_methods.base import (
+
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods import Method
+from mergekit_tspa.methods.inputs import PER_MODEL
+from mergekit_tspa.plugin.compat import (
     BasePolicy,
     GroupMergeMethod,
     InputContract,
@@ -13,18 +17,26 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods import Method
-from mergekit_tspa.methods.inputs import PER_MODEL
-
-WEIGHT = ParameterSpec("weight", float, ParameterScope.NON_BASE, 1.0, "weight of the adapter")
-ADAPTER = ParameterSpec("adapter", bool, ParameterScope.SHARED, False, "also write the merge as one PEFT adapter")
+WEIGHT = ParameterSpec(
+    name="weight",
+    value_type=float,
+    scope=ParameterScope.NON_BASE,
+    default=1.0,
+    description="weight of the adapter",
+)
+ADAPTER = ParameterSpec(
+    name="adapter",
+    value_type=bool,
+    scope=ParameterScope.SHARED,
+    default=False,
+    description="also write the merge as one PEFT adapter",
+)
 
 
 class AdapterMergeMethod(GroupMergeMethod):
     """Adapts a row of the method table to mergekit's registry.
 
-    Weights that adapters touch are planned by `mergekit_tspa.plugin.planning`; `merge_group` only sees tensors
+    Tensors that adapters touch are planned by `mergekit_tspa.plugin.planning`; `merge_group` only sees those
     that mergekit has to handle densely, such as embeddings whose vocabulary is being aligned.
     """
 
@@ -32,11 +44,13 @@ class AdapterMergeMethod(GroupMergeMethod):
         self.method = method
         shared = [
             ParameterSpec(
-                name,
-                Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation,
-                ParameterScope.NON_BASE if name in PER_MODEL else ParameterScope.SHARED,
-                field.default,
-                field.description,
+                name=name,
+                value_type=Annotated[(field.annotation, *field.metadata)]
+                if field.metadata
+                else field.annotation,
+                scope=ParameterScope.NON_BASE if name in PER_MODEL else ParameterScope.SHARED,
+                default=field.default,
+                description=field.description,
             )
             for name, field in method.parameter_fields().items()
         ]
@@ -49,6 +63,13 @@ class AdapterMergeMethod(GroupMergeMethod):
         )
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """The base, where nothing changes it.
+
+        Raises:
+            InputError: an input changes it; there are no factors here.
+        """
+        if group.base is None:  # the contract asks for one
+            raise InputError(f"{self.method.name} needs a base_model")
         base = group.base.tensor
         changed = [entry for entry in group.non_base if not torch.equal(entry.tensor, base)]
         if not changed:
@@ -57,7 +78,9 @@ class AdapterMergeMethod(GroupMergeMethod):
 
 
 def dense_message(method: Method, tensor: str, source: str) -> str:
+    """Why `tensor` of `source` cannot be merged, and the ways out."""
     return (
-        f"{method.name} merges LoRA factors, but {tensor} of {source} would reach it as a dense tensor; leave out the "
-        "tokenizer option that resizes it, or use a mergekit method such as task_arithmetic for this merge"
+        f"{method.name} merges LoRA factors, but {tensor} of {source} would reach it as a dense tensor; "
+        "leave out the tokenizer option that resizes it, or use a method of mergekit such as task_arithmetic "
+        "for this merge"
     )

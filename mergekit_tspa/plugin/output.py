@@ -1,4 +1,4 @@
-"""The directory that a merge writes: of one process at a time, and at every moment whole or visibly incomplete."""
+"""The directory that a merge writes: of one process at a time, and always whole or visibly incomplete."""
 
 import os
 import shutil
@@ -7,23 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mergekit.config import MergeConfiguration
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.plugin.compat import MergeConfiguration
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Make and hold an output directory while it is written; left empty, a new one is removed again.
 
-    The lock is the kernel's, on the directory itself: it leaves no file and ends with the process, however that ends.
+    The lock is the kernel's, on the directory itself: it leaves no file and ends with the process, however
+    that ends.
 
     Raises:
         InputError: another merge holds it, or a file cannot be read or written.
@@ -52,7 +53,9 @@ def _lock(directory: Path) -> int | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise InputError(f"{directory}: another merge is writing there; wait, or name another directory") from error
+        raise InputError(
+            f"{directory}: another merge is writing there; wait, or name another directory"
+        ) from error
     except OSError:  # some network file systems have no locks
         pass
     return lock
@@ -60,7 +63,10 @@ def _lock(directory: Path) -> int | None:
 
 @contextmanager
 def replaced(directory: Path) -> Iterator[Path]:
-    """A directory beside `directory` that takes its name once it is whole; what a killed run left there is cleared."""
+    """A directory beside `directory` that takes its name once it is whole.
+
+    What a killed run left there is cleared.
+    """
     partial = directory.with_name(f".{directory.name}.partial")
     with held(partial):
         try:
@@ -73,7 +79,10 @@ def replaced(directory: Path) -> Iterator[Path]:
 
 
 def save_whole(config: PretrainedConfig) -> None:
-    """Let `save_pretrained` name its files when they are written: a cut `config.json` looks like a finished merge."""
+    """Let `save_pretrained` name its files once they are written.
+
+    A `config.json` that was cut off looks like a finished merge.
+    """
     kind = type(config)
 
     def save_pretrained(self, directory, **kwargs):

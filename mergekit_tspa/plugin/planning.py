@@ -6,16 +6,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from mergekit import common
-from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors, LoaderCache, TensorWriterTask
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
-from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 
+from mergekit_tspa.plugin.compat import (
+    ExecuteMergeMethodTask,
+    GatherTensors,
+    LoaderCache,
+    MergeConfiguration,
+    MergeOptions,
+    MergePlanner,
+    ModelReference,
+    Task,
+    TensorWriterTask,
+    WeightInfo,
+    accelerator_count,
+    planned_tensors,
+    stored_name,
+)
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import Index, ModelTensors
@@ -78,15 +84,21 @@ class MergeTasks:
         return tuple(TakeReports(merge=merge) for merge in dict.fromkeys(self.merges.values()))
 
 
-def replace_tasks(planner: MergePlanner) -> MergeTasks:
+def replace_tasks(planner: MergePlanner) -> None:
     """Plan the recipe that mergekit has resolved, and put the tasks of the plan where mergekit's were.
 
     Tensors whose vocabulary mergekit aligns keep their stock task.
     """
     tasks = make_tasks(plan_recipe(planner))
     ours = {**tasks.recipe.loads, **tasks.applied}
-    planner._tensors = [(weight, ours.get(weight.name, task)) for weight, task in planner._tensors]
-    return tasks
+    tensors = planned_tensors(planner)
+    tensors[:] = [(weight, ours.get(weight.name, task)) for weight, task in tensors]
+    planner.adapter_merge = tasks  # type: ignore[attr-defined]  # beside the tensors that it is the plan of
+
+
+def merge_of(planner: MergePlanner) -> MergeTasks:
+    """What `replace_tasks` made of a planner's recipe."""
+    return planner.adapter_merge  # type: ignore[attr-defined,no-any-return]
 
 
 def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
@@ -102,7 +114,7 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     touched: dict[ModelReference, set[str]] = {}
     loads: dict[str, LoadBase] = {}
     wanted: list[Wanted] = []
-    for weight, task in planner._tensors:
+    for weight, task in planned_tensors(planner):
         for reference in task.model_order:
             if isinstance(reference, AdapterReference) and reference not in adapters:
                 adapters[reference] = LoaderCache().get(reference)
@@ -122,7 +134,9 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
         shapes=_shapes(config, unconverted) if method.attention else None,
         geometry_of=_geometry(config, options) if method.attention else None,
     )
-    return PlannedRecipe(config, options, tuple(weight for weight, _ in planner._tensors), loads, merge)
+    return PlannedRecipe(
+        config, options, tuple(weight for weight, _ in planned_tensors(planner)), loads, merge
+    )
 
 
 def make_tasks(planned: PlannedRecipe) -> MergeTasks:
@@ -142,7 +156,9 @@ def make_tasks(planned: PlannedRecipe) -> MergeTasks:
     for chunk in plan.chunks(_budget(planned), labels.__getitem__):
         merge = _merge_chunk(plan, chunk, loads, labels, survey, device, options.quiet)
         merges |= {tensor.name: merge for tensor in chunk.tensors}
-    updates = {name: TakeUpdate(merge=merge, tensor=name, label=labels[name]) for name, merge in merges.items()}
+    updates = {
+        name: TakeUpdate(merge=merge, tensor=name, label=labels[name]) for name, merge in merges.items()
+    }
     dtypes = {weight.name: weight.force_dtype for weight in planned.weights}
     dtype = planned.config.out_dtype or planned.config.dtype
     applied = {
@@ -162,7 +178,7 @@ def _budget(planned: PlannedRecipe) -> float:
     if not planned.options.multi_gpu:
         return CPU_BYTES if planned.options.device == "cpu" else ACCELERATOR_BYTES
     total = sum(unit.nbytes for unit in planned.merge.units())
-    return min(ACCELERATOR_BYTES, 1 + total // max(1, common.get_torch_accelerator_count()))
+    return min(ACCELERATOR_BYTES, 1 + total // max(1, accelerator_count()))
 
 
 def _merge_chunk(
@@ -178,12 +194,16 @@ def _merge_chunk(
     # does not hold the base tensors that it would meet while Grams of later layers are still being made.
     first = "\0" if plan.method.solves else ""
     sides = [
-        LoadSide(source=SideSource(plan, pair, side, f"{first}{loads[side.tensor].group_label()}"), device=device)
+        LoadSide(
+            source=SideSource(plan, pair, side, f"{first}{loads[side.tensor].group_label()}"), device=device
+        )
         for pair in chunk.pairs
         for side in (pair.x, pair.y)
     ]
     label = max([f"{first}{labels[chunk.tensors[0].name]}", *(side.source.label for side in sides)])
-    return MergeChunk(work=Work(plan, chunk, label), sides=tuple(sides), survey=survey, device=device, quiet=quiet)
+    return MergeChunk(
+        work=Work(plan, chunk, label), sides=tuple(sides), survey=survey, device=device, quiet=quiet
+    )
 
 
 def log_task(tasks: MergeTasks, finish: Task) -> LogMerge:
@@ -272,7 +292,8 @@ def _wanted(
         done = touched.setdefault(reference, set())
         given = infos.get(reference, shared)
         parts: Mapping[str, Index] = next(
-            (loader.parts[known] for known in (given.name, *(given.aliases or ())) if known in loader.parts), {}
+            (loader.parts[known] for known in (given.name, *(given.aliases or ())) if known in loader.parts),
+            {},
         )
         if parts and reference not in infos:
             raise InputError(
@@ -303,7 +324,9 @@ def _check_touched(touched: Mapping[ModelReference, set[str]]) -> None:
         loader = LoaderCache().get(reference)
         missing = loader.adapted - tensors
         if not tensors:
-            raise InputError(f"{loader.adapter.name}: nothing of it lies in the layers that the recipe merges")
+            raise InputError(
+                f"{loader.adapter.name}: nothing of it lies in the layers that the recipe merges"
+            )
         if missing:
             LOG.warning(
                 "%s: %d of its tensors are not part of the output, %s among them",
@@ -317,7 +340,7 @@ def _shapes(config: MergeConfiguration, loads: Mapping[str, LoadBase]) -> dict[s
     """Shapes of the output's tensors; None for those that mergekit converts when it reads them."""
     loader = LoaderCache().get(config.base_model)
     shapes = Checkpoint(loader.index.base_path).shapes()
-    return {name: shapes.get(load._resolve_name(loader)) for name, load in loads.items()}
+    return {name: shapes.get(stored_name(load, loader)) for name, load in loads.items()}
 
 
 def _geometry(config: MergeConfiguration, options: MergeOptions):

@@ -9,20 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from mergekit import common
-from mergekit.architecture import ModelArchitecture
-from mergekit.common import ModelPath, ModelReference
-from mergekit.config import (
+from pydantic import BaseModel, ValidationError
+
+from mergekit_tspa.plugin.compat import (
     ConditionalParameter,
     InputModelDefinition,
     InputSliceDefinition,
     MergeConfiguration,
+    MergeOptions,
+    ModelArchitecture,
+    ModelPath,
+    ModelReference,
     OutputModuleDefinition,
     OutputSliceDefinition,
+    accelerator_count,
+    dtype_from_name,
 )
-from mergekit.options import MergeOptions
-from pydantic import BaseModel, ValidationError
-
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError, did_you_mean, nearest
 from mergekit_tspa.methods import METHODS, Method
@@ -100,18 +102,15 @@ def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterato
     """What mergekit itself would find out only after the solving."""
     for key in ("dtype", "out_dtype"):
         try:
-            common.dtype_from_name(getattr(config, key))
+            dtype_from_name(getattr(config, key))
         except RuntimeError:
             yield InputError(f"{key}: {getattr(config, key)!r} is no dtype that mergekit knows")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         yield InputError(f"--device {options.device}: not on this machine ({error})")
-    if options.multi_gpu:
-        try:
-            common.get_torch_accelerator_count()
-        except AttributeError:
-            yield InputError("--multi-gpu: this machine has no accelerator; leave the option out")
+    if options.multi_gpu and not accelerator_count():
+        yield InputError("--multi-gpu: this machine has no accelerator; leave the option out")
 
 
 def _take_seed(config: MergeConfiguration, options: MergeOptions) -> None:
@@ -120,7 +119,9 @@ def _take_seed(config: MergeConfiguration, options: MergeOptions) -> None:
         return
     config.parameters = {"seed": options.random_seed} | (config.parameters or {})
     if (seed := config.parameters["seed"]) != options.random_seed:
-        LOG.warning("--random-seed %s has no effect: the recipe's seed %s is taken", options.random_seed, seed)
+        LOG.warning(
+            "--random-seed %s has no effect: the recipe's seed %s is taken", options.random_seed, seed
+        )
 
 
 def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
@@ -155,7 +156,9 @@ def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> Ite
         except InputError as error:
             yield error
             continue
-        source.model = ModelReference(model=base.model, lora=path, override_architecture=base.override_architecture)
+        source.model = ModelReference(
+            model=base.model, lora=path, override_architecture=base.override_architecture
+        )
 
 
 def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
@@ -175,7 +178,9 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
 def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     adapters = [source.model for source in sources(config) if source.model.lora]
     base = config.base_model and _identity(config.base_model.model)
-    if not adapters and (base is None or all(_identity(source.model.model) == base for source in sources(config))):
+    if not adapters and (
+        base is None or all(_identity(source.model.model) == base for source in sources(config))
+    ):
         yield InputError(
             f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, as "
             "`model: adapter` for a directory without a model, or, with base_model, as `model: full model`"
@@ -184,7 +189,9 @@ def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterato
     bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
     if config.base_model is None:
         if len(bases) > 1:
-            yield InputError(f"the adapters have different bases ({', '.join(bases)}); name one as base_model")
+            yield InputError(
+                f"the adapters have different bases ({', '.join(bases)}); name one as base_model"
+            )
             return
         config.base_model = ModelReference(
             model=adapters[0].model, override_architecture=adapters[0].override_architecture
@@ -259,13 +266,17 @@ def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
     return config, text
 
 
-def unknown_keys(document: dict, kind: type[BaseModel] = MergeConfiguration, where: str = "") -> Iterator[str]:
+def unknown_keys(
+    document: dict, kind: type[BaseModel] = MergeConfiguration, where: str = ""
+) -> Iterator[str]:
     """Keys that mergekit drops without a word, anywhere in a recipe but under `parameters`."""
     for key, value in document.items():
         if key not in kind.model_fields and (where or key != "name"):  # of a merge of mergekit-multi
             hint = did_you_mean(str(key), kind.model_fields)
             yield f"{where}{key}: mergekit knows no such key, so it has no effect{hint}"
-        parts = value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+        parts = (
+            value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
+        )
         for name, part in parts.items():
             if key in _PARTS and isinstance(part, dict):
                 yield from unknown_keys(part, _PARTS[key], f"{where}{key}.{name}.")
@@ -286,7 +297,9 @@ def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
         for source in group:
             if source.model != config.base_model:
                 given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
-                used.setdefault(source.model, []).extend(map(float, _scalars(given.get(WEIGHT.name, WEIGHT.default))))
+                used.setdefault(source.model, []).extend(
+                    map(float, _scalars(given.get(WEIGHT.name, WEIGHT.default)))
+                )
     return {reference: span(weights) for reference, weights in used.items()}
 
 
@@ -297,7 +310,11 @@ def span(values: Iterable[float]) -> str:
 
 
 def _reference(
-    reference: ModelReference, settings: dict[str, Any], base: ModelReference, method: Method, options: MergeOptions
+    reference: ModelReference,
+    settings: dict[str, Any],
+    base: ModelReference,
+    method: Method,
+    options: MergeOptions,
 ) -> ModelReference:
     """The base as `base_model` spells it, an adapter on it, or a full model beside it."""
     model, lora = reference.model, reference.lora
@@ -367,7 +384,9 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
             if name in PER_MODEL and isinstance(setting, list):
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
             if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
-                yield InputError(f"{name} applies to the whole merge; move it from {holder.model} to the top level")
+                yield InputError(
+                    f"{name} applies to the whole merge; move it from {holder.model} to the top level"
+                )
             if not (values := [*_scalars(setting)]):
                 yield InputError(f"parameter {name}: an empty list")
             for value in values:
@@ -383,7 +402,9 @@ def check_output(out: Path, config: MergeConfiguration) -> None:
         InputError: the output directory holds what would be taken for a part of this merge.
     """
     if (out / "adapter_config.json").exists():
-        raise InputError(f"{out}: holds an adapter, which transformers would apply to a model there; name another one")
+        raise InputError(
+            f"{out}: holds an adapter, which transformers would apply to a model there; name another one"
+        )
     kept = {DESCRIPTION: METHODS[config.merge_method].record is not None}
     kept["adapter"] = (config.parameters or {}).get(ADAPTER.name) is True
     for name, rewritten in kept.items():

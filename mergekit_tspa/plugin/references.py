@@ -1,25 +1,26 @@
 """References to adapters, and to full models as such, that are read as factors and never merged to disk."""
 
 from collections.abc import KeysView
+from typing import Any
 
 import torch
-from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache
 
 from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import Index, ModelTensors
 from mergekit_tspa.merging.finish import apply_adapter
+from mergekit_tspa.plugin.compat import LazyTensorLoader, LoaderCache, ModelReference, ShardedTensorIndex
 
 
 class AdapterReference(ModelReference, frozen=True):
     """A `ModelReference` with a LoRA whose loader serves the base's tensors plus the adapter's factors."""
 
-    def merged(self, *args, **kwargs) -> "AdapterReference":
+    def merged(self, *args: Any, **kwargs: Any) -> "AdapterReference":
+        """This reference itself: nothing is merged to disk."""
         return self
 
     def local_path(self, cache_dir: str | None = None, ignore_lora: bool = True) -> str:
+        """The base's directory, from which mergekit takes the tokenizer and other files."""
         return super().local_path(cache_dir, ignore_lora=True)
 
     def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
@@ -56,7 +57,9 @@ class LoraLoader(LazyTensorLoader):
 
     adapter: Adapter
     modules: dict[str, str]  # base tensor, or expert of a fused one -> adapter module
-    parts: dict[str, dict[str, Index]]  # tensor, by each of its names -> what the adapter changes of it, and where
+    parts: dict[
+        str, dict[str, Index]
+    ]  # tensor, by each of its names -> what the adapter changes of it, and where
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class LoraLoader(LazyTensorLoader):
         """Base tensors, or experts of fused ones, that the adapter changes; in the adapter's order."""
         return {**self.modules, **self.adapter.changes}.keys()
 
-    def get_tensor(self, key: str, device: str = "cpu", **kwargs) -> torch.Tensor | None:
+    def get_tensor(self, key: str, device: str = "cpu", **kwargs: Any) -> torch.Tensor | None:
         """The adapted tensor in its base's dtype.  Only stock tasks that need a dense tensor come here."""
         W = super().get_tensor(key, device, **kwargs)
         if W is None or key not in self.parts:

@@ -4,12 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mergekit.common import dtype_from_name
-from mergekit.graph import Task
-from mergekit.io.tasks import LoadTensor, TensorWriterTask
-from mergekit.io.tensor_writer import TensorWriter
 from pydantic import ConfigDict
 
+from mergekit_tspa.plugin.compat import LoadTensor, Task, TensorWriter, TensorWriterTask, dtype_from_name
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.merging.finish import finish_tensor
@@ -117,7 +114,10 @@ class MergeChunk(Task[dict], frozen=True):
                 self.work.plan.method, self.work.chunk, sides, survey, device_of(self.device), bar.update
             )
         names = [tensor.name for tensor in self.work.chunk.tensors]
-        return {"updates": {name: update._asdict() for name, update in zip(names, updates)}, "reports": reports}
+        return {
+            "updates": {name: update._asdict() for name, update in zip(names, updates)},
+            "reports": reports,
+        }
 
 
 class TakeUpdate(Task[UpdateFields], frozen=True):

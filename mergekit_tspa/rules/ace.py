@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 
 
 def ace(
@@ -46,9 +46,9 @@ def ace(
         `Q (d_out, k)` and `X (k, d_in)` whose product is the merged update, in float64
     """
     taken = [(a * B_t.double(), A_t.double()) for a, B_t, A_t in zip(weights.double(), B, A)]
-    sizes = [float(torch.sum((B_t.mT @ B_t) * (A_t @ A_t.mT))) for B_t, A_t in taken]  # ||P_t||^2
-    taken = [factors for factors, size in zip(taken, sizes) if size > 0]
-    sizes = torch.tensor([size for size in sizes if size > 0], dtype=torch.float64)
+    norms2 = [float(torch.sum((B_t.mT @ B_t) * (A_t @ A_t.mT))) for B_t, A_t in taken]  # ||P_t||^2
+    taken = [factors for factors, size in zip(taken, norms2) if size > 0]
+    sizes = torch.tensor([size for size in norms2 if size > 0], dtype=torch.float64)
     if not taken:
         return torch.zeros_like(B[0][:, :1]).double(), torch.zeros_like(A[0][:1]).double()
 

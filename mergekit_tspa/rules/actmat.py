@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 from mergekit_tspa.rules.grams import descending, normal_equations, weighted
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 from mergekit_tspa.rules.grams import weighted
 from mergekit_tspa.rules.spectral import polar
 from mergekit_tspa.rules.ties import elect_and_merge

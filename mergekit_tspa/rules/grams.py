@@ -24,7 +24,8 @@ def weighted(M: Tensor, weights: Tensor) -> Tensor:
 
 def unit(P: Tensor) -> Tensor:
     """`P_t / ||P_t||`; none may be 0.  # (n, p, q) -> (n, p, q)"""
-    return P / torch.linalg.matrix_norm(P, keepdim=True)
+    norms: Tensor = torch.linalg.matrix_norm(P, keepdim=True)
+    return P / norms
 
 
 def normal_equations(targets: Iterable[Tensor], inputs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,11 @@ def normal_equations(targets: Iterable[Tensor], inputs: Iterable[Tensor]) -> tup
     Returns:
         E (p, q) and S (q, q)
     """
-    E = S = 0
-    for D, X in zip(targets, inputs):
+    pairs = iter(zip(targets, inputs))
+    D, X = next(pairs)
+    S = X.mT @ X
+    E = D @ S
+    for D, X in pairs:
         gram = X.mT @ X
         E = E + D @ gram
         S = S + gram

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mergekit_tspa.numerics import numerical_rank
+from mergekit_tspa.linalg import numerical_rank
 
 
 def unseen_ratio(A: Tensor, X: Tensor) -> Tensor:

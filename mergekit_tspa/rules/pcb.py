@@ -4,6 +4,59 @@ import torch
 from torch import Tensor
 
 from mergekit_tspa.rules.linear import weighted_sum
+from mergekit_tspa.rules.update_statistics import Block, Updates, Whole, magnitudes
+
+
+def pcb(
+    M: Tensor,
+    weights: Tensor,
+    ratio: float = 0.1,
+    clamp: float = 1e-4,
+    variant: str = "invariant",
+    statistics: Tensor | None = None,
+) -> Tensor:
+    """`sum_t a_t C_t Y_t / sum_t Y_t`: clamped entries `C`, weighted by their scores `Y`.
+
+    `C_t = sgn(M_t) c_t` with the magnitudes `c_t` between their bounds, and `Y_t` is the score `beta_t`
+    between its own bounds, from 0 at the lower to 1 at the upper.
+
+    Du et al., Parameter Competition Balancing for Model Merging, 2024 (arXiv 2410.02396).
+
+    Args:
+        M: (n, p, q)
+        weights: (n,)
+        ratio: share of the scores that counts
+        clamp: share of the magnitudes that is clamped at either end
+        variant: see `scores`
+        statistics: `pcb_bounds` of the whole updates, if `M` is a block of their rows  # (n, 4)
+
+    Returns:
+        (p, q)
+    """
+    if statistics is None:
+        statistics = pcb_bounds(Whole(M, weights), ratio, clamp, variant)
+    c, N = clamped(M, statistics[:, :2])
+    beta = scores(M, N, variant)
+    low, high = _bounds(statistics[:, 2:], M)
+    Y = torch.where(high > low, _unit(beta.clamp(min=low, max=high), low, high), (beta >= high).to(M.dtype))
+    return weighted_sum(M.sign() * c * Y, weights) / Y.sum(0).clamp(min=1e-12)
+
+
+def pcb_bounds(
+    updates: Updates,
+    ratio: float = 0.1,
+    clamp: float = 1e-4,
+    variant: str = "invariant",
+) -> Tensor:
+    """Of each update the bounds of its magnitudes, then those of its scores.  # (n, 4)"""
+    of_magnitudes = updates.order_statistics(magnitudes, lambda length: clamp_positions(length, clamp))
+
+    def beta(block: Block) -> Tensor:
+        _, N = clamped(block.M, of_magnitudes[list(block.numbers)])
+        return scores(block.M, N, variant)
+
+    of_scores = updates.order_statistics(beta, lambda length: score_positions(length, ratio))
+    return torch.cat([of_magnitudes, of_scores], dim=1)
 
 
 def clamp_positions(length: int, share: float) -> tuple[int, int]:
@@ -17,7 +70,7 @@ def score_positions(length: int, ratio: float) -> tuple[int, int]:
 
 
 def clamped(M: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Magnitudes between their bounds: `c`, and `N` from 0 at the lower to 1 at the upper.  # bounds (n, 2)"""
+    """Magnitudes `c` between their bounds (n, 2), and `N`: from 0 at the lower to 1 at the upper."""
     low, high = _bounds(bounds, M)
     c = M.abs().clamp(min=low, max=torch.maximum(low, high))
     return c, _unit(c, low, high)
@@ -26,8 +79,9 @@ def clamped(M: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
 def scores(M: Tensor, N: Tensor, variant: str = "invariant") -> Tensor:
     """`beta_t = exp(n N_t^2) x agreement_t`, up to a common factor.
 
-    The agreement is `sum_u tanh(N'_t N'_u)`, `N' = sgn(M) N`, which does not depend on the updates' unit (the
-    authors' code for evolution strategies), or with `variant` v1 `tanh(M_t sum_u M_u)` (their main script).
+    The agreement is `sum_u tanh(N'_t N'_u)`, `N' = sgn(M) N`, which does not depend on the updates' unit
+    (the authors' code for evolution strategies), or with `variant` v1 `tanh(M_t sum_u M_u)` (their main
+    script).
     """
     if variant == "v1":
         agreement = torch.tanh(M * M.sum(0))
@@ -37,23 +91,6 @@ def scores(M: Tensor, N: Tensor, variant: str = "invariant") -> Tensor:
         for other in signed:
             agreement += torch.tanh(signed * other)
     return torch.exp(len(M) * (N.square() - 1)) * agreement  # - 1: no overflow, and the scale is divided out
-
-
-def pcb(M: Tensor, weights: Tensor, magnitude_bounds: Tensor, score_bounds: Tensor, variant: str = "invariant"):
-    """`sum_t a_t C_t Y_t / sum_t Y_t`: clamped entries `C`, weighted by their scores `Y` above the lowest that counts.
-
-    Du et al., Parameter Competition Balancing for Model Merging, 2024 (arXiv 2410.02396).
-
-    Args:
-        M: (n, ...)
-        magnitude_bounds: of each update's magnitudes  # (n, 2)
-        score_bounds: of each update's scores  # (n, 2)
-    """
-    c, N = clamped(M, magnitude_bounds)
-    beta = scores(M, N, variant)
-    low, high = _bounds(score_bounds, M)
-    Y = torch.where(high > low, _unit(beta.clamp(min=low, max=high), low, high), (beta >= high).to(M.dtype))
-    return weighted_sum(M.sign() * c * Y, weights) / Y.sum(0).clamp(min=1e-12)
 
 
 def _bounds(bounds: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,29 +175,39 @@ class DenseMetric:
 
     def __init__(self, S: Tensor, precision: float = torch.finfo(torch.float64).eps):
         """S is (d, d), and `precision` the relative one of what it was made of."""
+        self._L: Tensor
         self._L, failed = torch.linalg.cholesky_ex(S)
-        self._values = self._V = None
+        self._spectrum: tuple[Tensor, Tensor] | None = (
+            None  # roots of eigenvalues (d',), eigenvectors (d, d')
+        )
         smallest = self._L.diagonal().square().min()
         if bool(failed) or bool(smallest <= len(S) * precision * S.diagonal().max()):
             values, V = descending(S)
             kept = values > len(S) * precision * values[0]
-            self._values, self._V = values[kept], V[:, kept]
+            self._spectrum = values[kept].sqrt(), V[:, kept]
 
     def color(self, X: Tensor) -> Tensor:
         """`X L`, whose Frobenius norm is the root mean square of the answers.  # (m, d) -> (m, d')"""
-        return X @ self._L if self._V is None else X @ self._V * self._values.sqrt()
+        if self._spectrum is None:
+            return X @ self._L
+        root, V = self._spectrum
+        return X @ V * root
 
     def whiten(self, Y: Tensor) -> Tensor:
         """`Y L^-T`, which is `(Y S^-1) L`.  # (m, d) -> (m, d')"""
-        if self._V is not None:
-            return Y @ self._V / self._values.sqrt()
-        return torch.linalg.solve_triangular(self._L, Y.mT, upper=False).mT
+        if self._spectrum is None:
+            solved: Tensor = torch.linalg.solve_triangular(self._L, Y.mT, upper=False)
+            return solved.mT
+        root, V = self._spectrum
+        return Y @ V / root
 
     def uncolor(self, Z: Tensor) -> Tensor:
         """`Z L^-1`  # (m, d') -> (m, d)"""
-        if self._V is not None:
-            return Z / self._values.sqrt() @ self._V.mT
-        return torch.linalg.solve_triangular(self._L.mT, Z.mT, upper=True).mT
+        if self._spectrum is None:
+            solved: Tensor = torch.linalg.solve_triangular(self._L.mT, Z.mT, upper=True)
+            return solved.mT
+        root, V = self._spectrum
+        return Z / root @ V.mT
 
 
 class LowRankMetric:
@@ -210,6 +220,7 @@ class LowRankMetric:
         rounding = torch.finfo(E.dtype).eps * mean
         unseen = diagonal == 0  # which may have any scale, and keep a harmless one
         self._scale = torch.where(unseen, mean, torch.maximum(E, rounding)).sqrt()
+        self._P: Tensor
         self._P, s, _ = torch.linalg.svd(V / self._scale[:, None], full_matrices=False)
         self._root = (1 + s.square()).sqrt()
 
@@ -247,7 +258,7 @@ def _answer(
 ) -> tuple[Tensor, Tensor]:
     """`sum_t B_t rows_t S^-1` in the basis of the `B_t`, or the best of that rank."""
     Q, R = torch.linalg.qr(torch.cat(list(B), dim=1).double())
-    answers = metric.whiten(R @ torch.cat(rows))  # X L
+    answers = metric.whiten(R @ torch.cat(list(rows)))  # X L
     if rank is None:
         return Q, metric.uncolor(answers)
     P, s, Vh = torch.linalg.svd(answers, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Rules on singular values and vectors: TSV, Iso and CART.  They commute with a change of orthonormal basis."""
+"""Rules on singular values and vectors, which commute with changes of orthonormal basis: TSV, Iso and CART."""
 
 import math
 
@@ -10,10 +10,11 @@ from mergekit_tspa.rules.linear import weighted_sum
 
 
 def directions(M: Tensor, room: int | None) -> int:
-    """How many singular directions the updates have for themselves: their summed numerical ranks, at most `room`.
+    """How many singular directions the updates have: their summed numerical ranks, at most `room`.
 
-    The same in every basis, which the sides of `M` are not: those of a small basis shrink where updates share
-    directions.  `room` is what the weight, or a space that compresses, can hold; by default the smaller side of `M`.
+    The same in every basis, which the sides of `M` are not: those of a small basis shrink where updates
+    share directions.  `room` is what the tensor, or a space that compresses, can hold; by default the
+    smaller side of `M`.
     """
     ranks = numerical_rank(torch.linalg.svdvals(M), M.shape).sum()
     return max(1, min(int(ranks), min(M.shape[1:]) if room is None else room))
@@ -23,7 +24,8 @@ def polar(M: Tensor) -> Tensor:
     """The partial isometry `P Q^T` of `M = P S Q^T` over its numerical range."""
     P, S, Qh = torch.linalg.svd(M, full_matrices=False)
     k = int(numerical_rank(S, M.shape))
-    return P[:, :k] @ Qh[:k]
+    isometry: Tensor = P[:, :k] @ Qh[:k]
+    return isometry
 
 
 def tsv(
@@ -35,17 +37,23 @@ def tsv(
 ) -> Tensor:
     """Task Singular Vectors: the leading triplets of every task, their vectors made orthogonal across tasks.
 
-    `M_t = U_t S_t V_t^T`, cut to `k` triplets; `polar([U_1|..|U_n]) diag(a_1 S_1, .., a_n S_n) polar([V_1|..|V_n])^T`.
-    No triplet below a task's numerical rank is used, where singular vectors are arbitrary, and the polar factors
-    leave out directions that the tasks share to rounding, so that equal adapters give that adapter.
+    `M_t = U_t S_t V_t^T`, cut to `k` triplets;
+    `polar([U_1|..|U_n]) diag(a_1 S_1, .., a_n S_n) polar([V_1|..|V_n])^T`.
+    No triplet below a task's numerical rank is used, where singular vectors are arbitrary, and the polar
+    factors leave out directions that the tasks share to rounding, so that equal adapters give that adapter.
 
-    Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, 2024 (arXiv 2412.00081).
+    Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, 2024
+    (arXiv 2412.00081).
 
     Args:
         M: (n, p, q)
+        weights: (n,)
         rank_per_task: `k`, by default an equal share of the `directions`
         orthogonalize: without it the plain sum of the cut tasks
         room: see `directions`
+
+    Returns:
+        (p, q)
     """
     U, S, Vh = torch.linalg.svd(M, full_matrices=False)
     k = rank_per_task or max(1, directions(M, room) // len(M))
@@ -63,10 +71,19 @@ def tsv(
 def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | None = None) -> Tensor:
     """Isotropic merging: the weighted sum with all its singular values replaced by their mean (Iso-C).
 
-    The mean goes over the numerical rank.  With `common_fraction` below 1 that share of the directions comes from
-    the sum and the rest, in equal parts, from what each task has outside of them (Iso-CTS).
+    The mean goes over the numerical rank.  With `common_fraction` below 1 that share of the directions
+    comes from the sum and the rest, in equal parts, from what each task has outside of them (Iso-CTS).
 
     Marczak et al., No Task Left Behind: Isotropic Model Merging, 2025 (arXiv 2502.04959).
+
+    Args:
+        M: (n, p, q)
+        weights: (n,)
+        common_fraction: share of the `directions` that is taken from the sum
+        room: see `directions`
+
+    Returns:
+        (p, q)
     """
     n = len(M)
     P = weights.reshape(-1, 1, 1) * M
@@ -84,17 +101,31 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | No
         Vh = torch.cat([*(v[:r] for v, r in zip(Vht, kept)), Vh])
     if not len(S):
         return torch.zeros_like(M[0])
-    return S.mean() * polar(U) @ polar(Vh)
+    merged: Tensor = S.mean() * polar(U) @ polar(Vh)
+    return merged
 
 
-def cart(M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1, room: int | None = None) -> Tensor:
+def cart(
+    M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1, room: int | None = None
+) -> Tensor:
     """The mean and, cut to their leading directions, the tasks' distances from it.
 
     `mu + c sum_t svd_j(M_t - mu)`, `mu = sum_t a_t M_t / sum_t |a_t|`, `j = ceil(share * directions)`.
 
     Choi et al., Revisiting Weight Averaging for Model Merging, 2024 (arXiv 2412.12153).
+
+    Args:
+        M: (n, p, q)
+        weights: (n,)
+        share: share of the `directions` that each distance keeps
+        inner: `c`
+        room: see `directions`
+
+    Returns:
+        (p, q)
     """
     mu = weighted_sum(M, weights) / weights.abs().sum()
     U, S, Vh = torch.linalg.svd(M - mu, full_matrices=False)
     j = math.ceil(share * directions(M, room))
-    return mu + inner * ((U[..., :j] * S[:, None, :j]) @ Vh[:, :j]).sum(0)
+    cut: Tensor = (U[..., :j] * S[:, None, :j]) @ Vh[:, :j]  # (n, p, q)
+    return mu + inner * cut.sum(0)

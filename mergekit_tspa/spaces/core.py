@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mergekit_tspa.linalg import numerical_rank, product_svd
 from mergekit_tspa.spaces.basis import Basis
@@ -13,13 +14,13 @@ from mergekit_tspa.updates import LoraFactors
 def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
     """`U` left singular vectors of `[B_1|..|B_n]`, `V` right ones of `[A_1;..;A_n]`.
 
-    Lossless.  The bases depend on how each adapter shares its scale between `B` and `A`; with `balance` every
-    adapter is first written with the singular factors of its update, and they do not.
+    Lossless.  The bases depend on how each adapter shares its scale between `B` and `A`; with `balance`
+    every adapter is first written with the singular factors of its update, and they do not.
 
     Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, 2025 (arXiv 2509.17786).
     """
     c = cores([balanced(f) for f in factors] if balance else factors)
-    return Basis(c.Q_B @ _left(torch.cat(c.R_B, dim=1)), c.Q_A @ _left(torch.cat(c.R_A, dim=1)))
+    return Basis(c.Q_B @ _left(torch.cat([*c.R_B], dim=1)), c.Q_A @ _left(torch.cat([*c.R_A], dim=1)))
 
 
 def balanced(f: LoraFactors) -> LoraFactors:
@@ -29,7 +30,8 @@ def balanced(f: LoraFactors) -> LoraFactors:
     return LoraFactors(U * root, root[:, None] * Vh)
 
 
-def _left(R: torch.Tensor) -> torch.Tensor:
+def _left(R: Tensor) -> Tensor:
     """Left singular vectors of the numerical range."""
     P, S, _ = torch.linalg.svd(R, full_matrices=False)
-    return P[:, : max(1, int(numerical_rank(S, R.shape)))]
+    leading: Tensor = P[:, : max(1, int(numerical_rank(S, R.shape)))]
+    return leading

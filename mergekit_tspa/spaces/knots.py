@@ -13,8 +13,8 @@ from mergekit_tspa.updates import LoraFactors
 def knots(factors: Sequence[LoraFactors]) -> Basis:
     """`[D_1|..|D_n] = U S [V_1^T|..|V_n^T]`, so that `M_t = U^T D_t = S V_t^T`.
 
-    Lossless.  The SVD is taken of the cores, `[C_1|..|C_n]`, whose left singular vectors `U'` give `U = Q_B U'`;
-    directions below the numerical rank are dropped.
+    Lossless.  The SVD is taken of the cores, `[C_1|..|C_n]`, whose left singular vectors `U'` give
+    `U = Q_B U'`; directions below the numerical rank are dropped.
 
     Stoica et al., Model Merging with SVD to Tie the Knots, 2024 (arXiv 2410.19735).
     """

@@ -57,7 +57,10 @@ def test_nothing_is_read_before_it_is_asked_for(base):
     def read(tensor):
         raise AssertionError(tensor)
 
-    sides = (ModelTensors(n, {name: tuple(t.shape) for name, t in base.items()}, read=read) for n in ("full", "base"))
+    sides = (
+        ModelTensors(n, {name: tuple(t.shape) for name, t in base.items()}, read=read)
+        for n in ("full", "base")
+    )
     adapter = extract_adapter("full", *sides, Extraction())
     assert adapter.modules[Q].rank == 32
     with pytest.raises(AssertionError, match="q_proj"):
@@ -127,7 +130,11 @@ def test_tied_embeddings(base):
     """A head that is tied to the embedding may be stored as well, by either side."""
     tied = {"tie_word_embeddings": True}
     stored, new = base | {HEAD: base[EMBED]}, torch.ones(50, 80)
-    for before, changed in ((base, {EMBED: new}), (stored, {EMBED: new, HEAD: new}), (base, {EMBED: new, HEAD: new})):
+    for before, changed in (
+        (base, {EMBED: new}),
+        (stored, {EMBED: new, HEAD: new}),
+        (base, {EMBED: new, HEAD: new}),
+    ):
         adapter = extract(before, changed, tied, tied)
         assert adapter.changes.keys() == before.keys() & {NORM, EMBED, HEAD}
     full = {name: new if name == EMBED else tensor for name, tensor in base.items()}

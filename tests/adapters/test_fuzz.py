@@ -26,7 +26,11 @@ TENSORS = {
     f"base_model.model.{MODULE}.lora_A.weight": torch.ones(2, 6),
     f"base_model.model.{MODULE}.lora_B.weight": torch.ones(8, 2),
 }
-BASE = {f"{MODULE}.weight": torch.ones(8, 6), "model.norm.weight": torch.ones(8), "model.scalar.weight": torch.ones(())}
+BASE = {
+    f"{MODULE}.weight": torch.ones(8, 6),
+    "model.norm.weight": torch.ones(8),
+    "model.scalar.weight": torch.ones(()),
+}
 MEMORY = 2**26  # beyond what the process had
 
 cases = pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.slow)])
@@ -54,7 +58,11 @@ survives.cases = 0
 
 def check(examples: int, strategy, body) -> None:
     quick = settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck]
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[*HealthCheck],
     )
     quick(given(strategy)(body))()
 
@@ -70,7 +78,9 @@ def adapter(tmp_path) -> Path:
 
 
 def read_and_fit(path: Path) -> None:
-    adapter, tensors = read_adapter(path).fit(ModelTensors.of("the base", BASE, {"tie_word_embeddings": False}))
+    adapter, tensors = read_adapter(path).fit(
+        ModelTensors.of("the base", BASE, {"tie_word_embeddings": False})
+    )
     for module in tensors.values():
         adapter.factors(module)
 
@@ -92,7 +102,9 @@ ODD = st.one_of(
         st.one_of(st.integers(), st.floats(), st.lists(st.just("q_proj"))),
     ),
 )
-NESTED = st.recursive(ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
+NESTED = st.recursive(
+    ODD, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner)
+)
 KEYS = st.sampled_from(
     """peft_type r lora_alpha rank_pattern alpha_pattern target_modules use_rslora use_dora use_bdlora use_qalora
     fan_in_fan_out init_lora_weights modules_to_save target_parameters trainable_token_indices lora_B_layout
@@ -106,7 +118,9 @@ ODD_NAMES = st.one_of(
         base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta model.norm.lora_magnitude_vector
         base_model.model.x.experts.lora_A.weight base_model.model.x.lora_embedding_A model.scalar.weight""".split()
     ),
-    st.sampled_from(["", "\0", "a\0.weight", "a" * 10**6, "a." * 10**5 + "lora_A.weight", "\ud800", "a\nb.weight"]),
+    st.sampled_from(
+        ["", "\0", "a\0.weight", "a" * 10**6, "a." * 10**5 + "lora_A.weight", "\ud800", "a\nb.weight"]
+    ),
     st.text(max_size=20),
 )
 
@@ -134,7 +148,9 @@ def test_bytes(examples, name, adapter):
             lambda edit: whole[: edit[0]] + edit[1] + whole[edit[0] + len(edit[1]) :]
         ),
         st.builds(
-            lambda deep, times: (len(deep) * times).to_bytes(8, "little") * name.endswith("tensors") + deep * times,
+            lambda deep, times: (
+                (len(deep) * times).to_bytes(8, "little") * name.endswith("tensors") + deep * times
+            ),
             st.sampled_from([b"[", b'{"a":', b"9", b'{"__metadata__":{"a":']),
             st.sampled_from([10**3, 10**5]),
         ),
@@ -195,7 +211,9 @@ def test_names(examples, adapter):
         (adapter / "adapter_model.safetensors").write_bytes(save(tensors))
         survives(lambda: read_and_fit(adapter), adapter)
 
-    check(examples, st.lists(st.sampled_from([*TENSORS]) | ODD_NAMES, min_size=1, max_size=3, unique=True), body)
+    check(
+        examples, st.lists(st.sampled_from([*TENSORS]) | ODD_NAMES, min_size=1, max_size=3, unique=True), body
+    )
 
 
 class Call:
@@ -230,7 +248,9 @@ def pickles(marker: Path) -> st.SearchStrategy:
             *([], {}, None, 1, "x", b"x", (1, 2)),
         ]
     )
-    return st.dictionaries(st.sampled_from([*TENSORS, 1, None, "state_dict"]) | ODD_NAMES, odd, max_size=3) | odd
+    return (
+        st.dictionaries(st.sampled_from([*TENSORS, 1, None, "state_dict"]) | ODD_NAMES, odd, max_size=3) | odd
+    )
 
 
 @cases
@@ -254,7 +274,9 @@ def test_pickles(examples, of_base, adapter, tmp_path):
             survives(lambda: read_and_fit(adapter), adapter)
         assert not marker.exists()
 
-    check(examples, st.tuples(pickles(marker), st.booleans(), st.just(2), st.none() | st.integers(0, 200)), body)
+    check(
+        examples, st.tuples(pickles(marker), st.booleans(), st.just(2), st.none() | st.integers(0, 200)), body
+    )
 
 
 def test_lying_pickles(adapter):
@@ -295,7 +317,15 @@ def test_indices(examples, tmp_path):
     (base / "one.safetensors").write_bytes(save(BASE))
     outside.write_bytes(save({"secret.weight": torch.ones(2)}))
     files = st.sampled_from(
-        ["one.safetensors", "../outside.safetensors", str(outside), "x/../../outside.safetensors", "\0", "", "no.bin"]
+        [
+            "one.safetensors",
+            "../outside.safetensors",
+            str(outside),
+            "x/../../outside.safetensors",
+            "\0",
+            "",
+            "no.bin",
+        ]
     )
     names = st.sampled_from([*BASE, "secret.weight"]) | ODD_NAMES
 

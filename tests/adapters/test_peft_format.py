@@ -32,7 +32,9 @@ def check_against_peft(base, adapter):
     """`W + B A` of every touched tensor equals PEFT's merge, and every other tensor is untouched."""
     before, after = base_tensors(base), peft_merged(base, adapter)
     read = read_adapter(adapter)
-    read, tensors = read.fit(ModelTensors.of("base", {k: v for k, v in before.items() if k != "lm_head.weight"}))
+    read, tensors = read.fit(
+        ModelTensors.of("base", {k: v for k, v in before.items() if k != "lm_head.weight"})
+    )
     assert tensors
     for name, W in before.items():
         if name in tensors:
@@ -58,9 +60,13 @@ def test_conv1d_is_read_transposed(gpt2, tmp_path):
 def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
     """PEFT sets the flag per layer when it loads; what it saved belongs to the last layer it looked at."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False)
+    config = GPT2Config(
+        vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=False
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    adapter = save_adapter(tmp_path / "gpt2", tmp_path / "a", target_modules=targets, save_embedding_layers=False)
+    adapter = save_adapter(
+        tmp_path / "gpt2", tmp_path / "a", target_modules=targets, save_embedding_layers=False
+    )
     edit_config(adapter, fan_in_fan_out=flag)
     before, after = base_tensors(tmp_path / "gpt2"), peft_merged(tmp_path / "gpt2", adapter)
     read, tensors = read_adapter(adapter).fit(ModelTensors.of("base", before, config.to_dict()))
@@ -81,7 +87,9 @@ def test_bin_checkpoints_of_any_age(zipped, tmp_path):
     tensors = {"x.weight": torch.randn(3, 2)}
     torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     checkpoint = Checkpoint(tmp_path)
-    assert checkpoint.shapes() == {"x.weight": (3, 2)} and torch.equal(checkpoint["x.weight"], tensors["x.weight"])
+    assert checkpoint.shapes() == {"x.weight": (3, 2)} and torch.equal(
+        checkpoint["x.weight"], tensors["x.weight"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -165,7 +173,10 @@ CONFIG_REFUSALS = {
     "VeRA": ({"peft_type": "VERA"}, "VERA"),
     "AdaLoRA": ({"peft_type": "ADALORA"}, "ADALORA"),
     "no type": ({"peft_type": None}, "peft_type is None"),
-    "PiSSA niter": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model_for_weight_conversion"),
+    "PiSSA niter": (
+        {"init_lora_weights": "pissa_niter_4"},
+        "pissa_niter_4.*path_initial_model_for_weight_conversion",
+    ),
     "LoftQ": ({"init_lora_weights": "loftq"}, "loftq"),
     "CorDA": ({"init_lora_weights": "corda"}, "corda"),
     "LoRA-GA": ({"init_lora_weights": "lora_ga"}, "lora_ga"),

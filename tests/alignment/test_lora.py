@@ -39,7 +39,7 @@ def test_loss_is_the_dense_one_and_falls(n, others):
     G_B, G_A = problem(layers)
     R, s, solution = align_lora(G_B, G_A, weights, **extra, target_scale=1.5, steps=100)
     bound = svd_bound(*problem(targets), 3, target_scale=1.5)
-    assert (solution.end <= solution.start).all() and (solution.end >= bound).all()
+    assert (solution.end <= solution.start).all() and (solution.end >= (1 - 1e-9) * bound).all()
     assert solution.orthogonality.max() < 1e-12
     eye, ones = torch.eye(3, dtype=F64).expand(n, 3, 3), torch.ones(n, dtype=F64)
     for i, ((B, A), (Bt, At)) in enumerate(zip(layers, targets)):

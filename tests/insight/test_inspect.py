@@ -28,7 +28,9 @@ MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
 
 
 def inspect(*arguments, out, exit_code=0):
-    result = CliRunner().invoke(main, ["inspect", *map(str, arguments), "--out", str(out)], env={"COLUMNS": "1000"})
+    result = CliRunner().invoke(
+        main, ["inspect", *map(str, arguments), "--out", str(out)], env={"COLUMNS": "1000"}
+    )
     assert result.exit_code == exit_code, (result.output, result.exception)
     return result
 
@@ -79,7 +81,9 @@ def check_page(out, *names):
     """It is whole, needs nothing from elsewhere, can be read without seeing, and has these pictures."""
     page = Page(out / "inspect.html")
     for tag, attributes in page.tags:
-        assert tag not in ("script", "iframe", "object", "embed") and not any(a.startswith("on") for a in attributes)
+        assert tag not in ("script", "iframe", "object", "embed") and not any(
+            a.startswith("on") for a in attributes
+        )
         for name in ("src", "srcset", "href", "poster", "action", "data"):
             assert attributes.get(name, "data:").startswith(("data:", "#")), attributes
     assert "url(" not in page.source and "@import" not in page.source
@@ -104,7 +108,9 @@ def test_example_adapters(tmp_path):
     *said, last = result.stdout.strip().splitlines()
     assert 5 <= len(said) <= 12 and all(re.search(r"\d", line) for line in said)
     assert last == f"Report: {tmp_path}/report/inspect.html"
-    assert "All pairs read the same inputs" in result.stdout and "overlap by 83% (chance 1.4%)" in result.stdout
+    assert (
+        "All pairs read the same inputs" in result.stdout and "overlap by 83% (chance 1.4%)" in result.stdout
+    )
     assert "Do not sum factors apart (factor_linear" in result.stdout
     assert "code and safety pull against each other in layer 0 q_proj" in result.stdout
     page = check_page(tmp_path / "report", "norms", "ranks", "pairs", "meeting", "pulls")
@@ -115,11 +121,15 @@ def test_example_adapters(tmp_path):
 @pytest.mark.skipif(not MODEL.exists(), reason="`make test` builds the model first")
 def test_example_recipe(tmp_path):
     """TSPA's stages, and what survives, on as many layers as asked."""
-    result = run("mergekit-tspa", "inspect", "yaml_examples/tspa.yml", "--layers", "3", "--out", tmp_path / "report")
+    result = run(
+        "mergekit-tspa", "inspect", "yaml_examples/tspa.yml", "--layers", "3", "--out", tmp_path / "report"
+    )
     assert result.returncode == 0, result.stderr
     assert "measured on 3 of 30 layers, evenly spaced: 0, 14, 29." in result.stdout
     assert re.search(r"tspa keeps math \d+% \(cosine 0\.\d+\), safety \d+%", result.stdout)
-    assert re.search(r"query-key alignment 9\d\.\d%.*value-output alignment 9\d\.\d%.*LoRA alignment", result.stdout)
+    assert re.search(
+        r"query-key alignment 9\d\.\d%.*value-output alignment 9\d\.\d%.*LoRA alignment", result.stdout
+    )
     names = "norms ranks pairs meeting pulls survival objectives angles scales".split()
     assert set(names) == set(NAMES)
     check_page(tmp_path / "report", *names)
@@ -127,7 +137,9 @@ def test_example_recipe(tmp_path):
 
 def test_one_adapter_survives_whole(llama, adapters, tmp_path):
     for method in ("lora_task_arithmetic", "core_tsv", "tspa_lora", "lora_ties"):
-        merged = inspected(recipe(method, llama, adapters[:1], parameters={"density": 1} if "ties" in method else {}))
+        merged = inspected(
+            recipe(method, llama, adapters[:1], parameters={"density": 1} if "ties" in method else {})
+        )
         torch.testing.assert_close(merged.survival()[0], torch.ones(4, 1).double(), atol=1e-4, rtol=0)
         torch.testing.assert_close(merged.total_survival()[1], torch.ones(1).double(), atol=1e-4, rtol=0)
     halved = inspected(recipe("core_mean", llama, adapters[:1], [0.5], parameters={"lambda": 0.5}))
@@ -143,7 +155,10 @@ def test_a_sum_of_orthogonal_adapters_keeps_all(llama, adapters, tmp_path):
 
     both = [edited(adapters[0], tmp_path / "a", half(True)), edited(adapters[0], tmp_path / "b", half(False))]
     got = inspected(recipe("lora_task_arithmetic", llama, both, [1.0, 0.25]))
-    close = lambda value, want: torch.testing.assert_close(value, torch.tensor(want).double(), atol=1e-5, rtol=0)  # noqa: E731
+
+    def close(value, want):
+        torch.testing.assert_close(value, torch.tensor(want).double(), atol=1e-5, rtol=0)
+
     close(got.total_survival()[0], [1.0, 0.25])
     close(got.total_cosines()[0, 1], 0.0)
     close(got.cross, [0.0] * 4)
@@ -218,7 +233,11 @@ def test_statistics_of_the_whole_model(llama, adapters):
 
 
 def test_the_losses_are_those_that_were_measured():
-    text = (ROOT / "benchmarks/results/quality.md").read_text().split("Four adapters of rank 8 with a seed each")[0]
+    text = (
+        (ROOT / "benchmarks/results/quality.md")
+        .read_text()
+        .split("Four adapters of rank 8 with a seed each")[0]
+    )
     measured = dict(re.findall(r"^\| (.+?) \| ([\d.]+) \|", text, re.M))
     assert {name: float(measured[name]) for name in LOSS | SUMS_FACTORS} == LOSS | SUMS_FACTORS
     assert f"the base has {BASE_LOSS}" in text
@@ -234,7 +253,10 @@ def test_own_starts_and_a_fight(llama, tmp_path):
     against = edited(two, tmp_path / "against", lambda name, t: _against(mine, name, t))
     said = sentences([one, against])
     (line,) = (line for line in said.splitlines() if "pull against each other" in line)
-    assert "1 and against pull against each other in layer 1 v_proj: mean cosine -1.00, sign conflict 100%" in line
+    assert (
+        "1 and against pull against each other in layer 1 v_proj: mean cosine -1.00, sign conflict 100%"
+        in line
+    )
     assert "keeps 0% of" in line and "weight" in line
 
 
@@ -274,7 +296,9 @@ def test_adapters_that_never_meet(llama, tmp_path):
 def test_what_is_not_measured_is_said(llama, tmp_path):
     kinds = {"dora": {"use_dora": True}, "saved": {"modules_to_save": ["input_layernorm"]}}
     kinds["pissa"] = {"init_lora_weights": "pissa"}
-    paths = [save_adapter(llama, tmp_path / name, seed=i, **kind) for i, (name, kind) in enumerate(kinds.items())]
+    paths = [
+        save_adapter(llama, tmp_path / name, seed=i, **kind) for i, (name, kind) in enumerate(kinds.items())
+    ]
     said = sentences(paths)
     assert "the DoRA magnitudes of 4 weights are not measured" in said
     assert "2 tensors that adapters trained directly" in said
@@ -313,7 +337,9 @@ def test_single_adapter(adapters, tmp_path):
 def test_embeddings_and_zeros(llama, tmp_path):
     """Weights outside the layers have no place in pictures but are in the table; zero updates are not compared."""
     paths = [
-        save_adapter(llama, tmp_path / str(i), seed=i, target_modules=["embed_tokens"], save_embedding_layers=False)
+        save_adapter(
+            llama, tmp_path / str(i), seed=i, target_modules=["embed_tokens"], save_embedding_layers=False
+        )
         for i in range(2)
     ]
     inspect(*paths, out=tmp_path / "out")
@@ -352,7 +378,11 @@ def test_a_report_that_is_not_whole_has_no_page(adapters, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Picture, "png", full)
     result = inspect(adapters[0], out=out, exit_code=1)
-    assert "Error: " in result.stderr and "No space left" in result.stderr and not (out / "inspect.html").exists()
+    assert (
+        "Error: " in result.stderr
+        and "No space left" in result.stderr
+        and not (out / "inspect.html").exists()
+    )
 
 
 def test_errors(llama, adapters, tmp_path):
@@ -363,7 +393,9 @@ def test_errors(llama, adapters, tmp_path):
         return line.partition("Error: ")[2]
 
     nan = edited(adapters[0], tmp_path / "nan", lambda name, t: t * math.nan)
-    wide = edited(adapters[0], tmp_path / "wide", lambda name, t: torch.cat([t, t], 1) if "lora_A" in name else t)
+    wide = edited(
+        adapters[0], tmp_path / "wide", lambda name, t: torch.cat([t, t], 1) if "lora_A" in name else t
+    )
     assert "there is no such adapter directory" in error(tmp_path / "none")
     assert "NaN or Inf" in error(adapters[0], nan)
     assert "listed twice" in error(adapters[0], tmp_path / "nan/../nan/../" / adapters[0])
@@ -373,12 +405,16 @@ def test_errors(llama, adapters, tmp_path):
     assert "give one recipe alone" in error(file, adapters[0])
     assert "set base_model there" in error(file, "--base", llama)
     assert "do you mean" in error(write_recipe(tmp_path / "m.yml", recipe("lora_tis", llama, adapters)))
-    assert "is not a method on adapters" in error(write_recipe(tmp_path / "m.yml", recipe("ties", llama, adapters)))
+    assert "is not a method on adapters" in error(
+        write_recipe(tmp_path / "m.yml", recipe("ties", llama, adapters))
+    )
     (tmp_path / "broken.yml").write_text("a: [")
     assert "no recipe that mergekit can read" in error(tmp_path / "broken.yml")
     lost = recipe("core_tsv", tmp_path / "nowhere", adapters)
     assert "nowhere: no model" in error(write_recipe(tmp_path / "lost.yml", lost))
-    weightless = shutil.copytree(llama, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
+    weightless = shutil.copytree(
+        llama, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors")
+    )
     lost = recipe("core_tsv", weightless, adapters)
     assert "no model.safetensors" in error(write_recipe(tmp_path / "lost.yml", lost))
     page = tmp_path / "mine/inspect.html"

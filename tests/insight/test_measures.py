@@ -33,7 +33,9 @@ def random_factors(ranks=(3, 5, 2), seed=0, m=M, shape=(D_OUT, D_IN)):
 
 
 def close(got, want, atol=1e-9):
-    torch.testing.assert_close(torch.as_tensor(got).double(), torch.as_tensor(want).double(), atol=atol, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.as_tensor(got).double(), torch.as_tensor(want).double(), atol=atol, rtol=1e-6
+    )
 
 
 def test_single_updates_against_dense():
@@ -64,7 +66,10 @@ def test_pairs_against_dense_and_scipy():
                     want = subspace_angles(X.numpy(), Y.numpy())
                     close(overlap[i, t, u], np.mean(np.cos(want) ** 2))
                     close(angle[i, t, u], np.rad2deg(want.min()), atol=1e-4)
-    close(cosines(got.inner)[0, 0, 1], torch.cosine_similarity(*(f.dense()[0].flatten() for f in factors[:2]), dim=0))
+    close(
+        cosines(got.inner)[0, 0, 1],
+        torch.cosine_similarity(*(f.dense()[0].flatten() for f in factors[:2]), dim=0),
+    )
 
 
 def test_all_principal_angles_are_those_of_scipy():
@@ -77,7 +82,9 @@ def test_all_principal_angles_are_those_of_scipy():
 
 def test_the_split_into_factors_does_not_matter():
     factors = random_factors()
-    G = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q @ torch.diag(torch.logspace(-3, 3, 5).double())
+    G = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q @ torch.diag(
+        torch.logspace(-3, 3, 5).double()
+    )
     turned = [*factors]
     turned[1] = LoraFactors(factors[1].B @ G, torch.linalg.inv(G) @ factors[1].A)
     for name, one, two in zip(Measures._fields, measure(factors), measure(turned)):
@@ -91,7 +98,9 @@ def test_idle_columns_of_a_factor_are_not_counted():
     f.B[:, :, 2:] = 0
     got = measure([f, g])
     close(got.rank[:, 0], torch.full((M,), 2))
-    close(got.overlap_in[0, 0, 1], np.mean(np.cos(subspace_angles(f.A[0, :2].T.numpy(), g.A[0].T.numpy())) ** 2))
+    close(
+        got.overlap_in[0, 0, 1], np.mean(np.cos(subspace_angles(f.A[0, :2].T.numpy(), g.A[0].T.numpy())) ** 2)
+    )
 
 
 def test_opposite_equal_and_zero_updates():
@@ -103,7 +112,9 @@ def test_opposite_equal_and_zero_updates():
     close(got.overlap_in[:, 0, 1], torch.ones(M))
     close(got.angle_out[:, 0, 1], torch.zeros(M), atol=1e-5)
     for values in (got.conflict, got.overlap_in, got.overlap_out, got.angle_in, cosines(got.inner)):
-        assert values[:, 2].isnan().all() and values[:, :, 2].isnan().all() and not values[:, 0, 3].isnan().any()
+        assert (
+            values[:, 2].isnan().all() and values[:, :, 2].isnan().all() and not values[:, 0, 3].isnan().any()
+        )
     assert not got.rank[:, 2].any()
     assert got.effective_rank[:, 2].isnan().all() and got.stable_rank[:, 2].isnan().all()
 
@@ -149,7 +160,9 @@ def test_projection(dense):
 
 def test_signs_are_compared_on_a_sample_that_a_seed_fixes():
     rows = sample_rows(4096, 4096)
-    assert torch.equal(rows, sample_rows(4096, 4096)) and not torch.equal(rows, sample_rows(4096, 4096, seed=1))
+    assert torch.equal(rows, sample_rows(4096, 4096)) and not torch.equal(
+        rows, sample_rows(4096, 4096, seed=1)
+    )
     assert len(rows.unique()) == len(rows) == 64 and len(sample_rows(20, 14)) == 20
     shape = (2048, 1024)
     factors = random_factors((2, 2), m=1, shape=shape)

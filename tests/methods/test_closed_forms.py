@@ -35,7 +35,9 @@ def test_task_arithmetic_is_gauge_free():
     factors = random_factors([3, 2])
     G = random_factors([3], seed=5, d_out=3, d_in=3)[0].dense() + torch.eye(3)
     moved = [LoraFactors(factors[0].B @ G, torch.linalg.inv(G) @ factors[0].A), factors[1]]
-    torch.testing.assert_close(task_arithmetic(moved, [1.0, 0.5]).dense(), task_arithmetic(factors, [1.0, 0.5]).dense())
+    torch.testing.assert_close(
+        task_arithmetic(moved, [1.0, 0.5]).dense(), task_arithmetic(factors, [1.0, 0.5]).dense()
+    )
 
 
 def test_factor_sum_pads_smaller_ranks():

@@ -77,7 +77,9 @@ def test_one_adapter_comes_back_by_its_weight(method, modifiers):
 
 
 @pytest.mark.parametrize("modifiers", MODIFIERS)
-@pytest.mark.parametrize("method", [n for n in CLOSED if not any(part in n for part in ("dare", "della", "_iso"))])
+@pytest.mark.parametrize(
+    "method", [n for n in CLOSED if not any(part in n for part in ("dare", "della", "_iso"))]
+)
 def test_adapters_without_an_update_add_nothing(method, modifiers):
     few = merge(method, [f, g], [1.0, 0.5], **modifiers)
     more = merge(method, [no_B, f, no_A, g], [1.0, 1.0, 1.0, 0.5], **modifiers)

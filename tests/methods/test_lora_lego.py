@@ -95,7 +95,10 @@ def test_untrained_adapters_have_no_units():
     f, g = random_factors([3, 2])
     untrained = LoraFactors(torch.zeros_like(f.B), f.A)
     for gauge in ("balanced", "raw"):
-        assert relative_error(merge([f, untrained, g], gauge=gauge).dense(), merge([f, g], gauge=gauge).dense()) < 1e-12
+        assert (
+            relative_error(merge([f, untrained, g], gauge=gauge).dense(), merge([f, g], gauge=gauge).dense())
+            < 1e-12
+        )
         assert not merge([untrained, untrained], gauge=gauge).dense().any()
 
 

@@ -9,10 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_tspa import LoraFactors, merge_adapters
+from mergekit_tspa.rules.dare import dare_linear, dare_ties
 from mergekit_tspa.rules.linear import weighted_sum
-from mergekit_tspa.rules.sparsify import drop
 from mergekit_tspa.rules.spectral import iso, tsv
-from mergekit_tspa.rules.ties import elect_and_merge
 from mergekit_tspa.spaces.basis import FULL
 from mergekit_tspa.spaces.core import core
 from mergekit_tspa.spaces.knots import knots
@@ -35,9 +34,9 @@ def adapters(case: str, scaling=(1.0,) * 4, dtype=torch.float32) -> list[dict]:
     tensors = load_file(FIXTURES / f"inputs.{case}.safetensors")
     return [
         {
-            layer: LoraFactors(tensors[f"in.{layer}.{t}.B"].to(dtype), tensors[f"in.{layer}.{t}.A"].to(dtype)).scaled(
-                scaling[t]
-            )
+            layer: LoraFactors(
+                tensors[f"in.{layer}.{t}.B"].to(dtype), tensors[f"in.{layer}.{t}.A"].to(dtype)
+            ).scaled(scaling[t])
             for layer in LAYERS
         }
         for t in range(4)
@@ -52,7 +51,9 @@ def published_deltas(name: str):
     """Inputs and outputs of a file that has one update per layer: `{layer: [factors]}`, `{layer: delta}`."""
     outputs, _ = published(name)
     case = name.rsplit(".", 1)[1]
-    return {layer: factors(case, layer) for layer in LAYERS}, {layer: outputs[f"out.{layer}.delta"] for layer in LAYERS}
+    return {layer: factors(case, layer) for layer in LAYERS}, {
+        layer: outputs[f"out.{layer}.delta"] for layer in LAYERS
+    }
 
 
 PCB = {"variant": "v1", "clamp": 1e-4}
@@ -85,8 +86,18 @@ CASES = [  # file, method, parameters, tolerance
     ("peft_linear_negw.hom8", "factor_linear", {"weights": SIGNED}, ELEMENTWISE),
     ("peft_ties_d0.2.hom8", "factor_ties", {"weights": WEIGHTS}, ELEMENTWISE),
     ("peft_ties_d0.2_negw.hom8", "factor_ties", {"weights": SIGNED}, ELEMENTWISE),
-    ("peft_ties_d0.5_freq.hom8", "factor_ties", {"weights": WEIGHTS, "density": 0.5, "elect": "count"}, ELEMENTWISE),
-    ("peft_magnitude_prune_d0.5.hom8", "factor_magnitude_prune", {"weights": WEIGHTS, "density": 0.5}, ELEMENTWISE),
+    (
+        "peft_ties_d0.5_freq.hom8",
+        "factor_ties",
+        {"weights": WEIGHTS, "density": 0.5, "elect": "count"},
+        ELEMENTWISE,
+    ),
+    (
+        "peft_magnitude_prune_d0.5.hom8",
+        "factor_magnitude_prune",
+        {"weights": WEIGHTS, "density": 0.5},
+        ELEMENTWISE,
+    ),
     ("peft_svd.hom8", "lora_task_arithmetic", {"weights": WEIGHTS, "rank": 8}, WITH_SVD),
     ("peft_svd.het", "lora_task_arithmetic", {"weights": WEIGHTS, "rank": 16}, WITH_SVD),
     ("peft_svd_negw.hom8", "lora_task_arithmetic", {"weights": SIGNED, "rank": 8}, WITH_SVD),
@@ -123,10 +134,22 @@ def test_equals_published_output(file, method, parameters, tolerance):
 @pytest.mark.parametrize(
     "file, key, method, weights, parameters",
     [
-        ("peftfn_ties_full_d0.2", "delta_freq", "lora_ties", WEIGHTS, {"elect": "count", "convention": "peft"}),
+        (
+            "peftfn_ties_full_d0.2",
+            "delta_freq",
+            "lora_ties",
+            WEIGHTS,
+            {"elect": "count", "convention": "peft"},
+        ),
         ("peftfn_ties_full_d0.2", "delta_negw", "lora_ties", [0.4, -0.3, 0.2, 0.1], {"convention": "peft"}),
         ("peftfn_ties_full_d0.2", "delta_magprune", "lora_magnitude_prune", WEIGHTS, {"convention": "peft"}),
-        ("mergekit_ties_d0.2", "delta_nonorm", "lora_ties", WEIGHTS, {"convention": "mergekit", "normalize": False}),
+        (
+            "mergekit_ties_d0.2",
+            "delta_nonorm",
+            "lora_ties",
+            WEIGHTS,
+            {"convention": "mergekit", "normalize": False},
+        ),
     ],
 )
 def test_equals_published_variants(file, key, method, weights, parameters, case):
@@ -142,7 +165,8 @@ def test_dare_with_the_published_draws(case):
     for layer in LAYERS:
         kept = torch.stack([outputs[f"aux.{layer}.keep{t}"] for t in range(4)])
         M = torch.stack([f.dense() for f in factors(case, layer)])
-        merged = drop(M, 0.5, (~kept).float()).sum(0)  # a draw of 0 keeps an entry, a draw of 1 does not
+        uniform = (~kept).float()  # a draw of 0 keeps an entry, a draw of 1 does not
+        merged = dare_linear(M, torch.ones(4), 0.5, uniform=uniform)
         assert relative_error(merged, outputs[f"out.{layer}.delta"]) < ELEMENTWISE
 
 
@@ -156,7 +180,7 @@ def test_knots_dare_ties_with_the_published_draws(case):
         signs = (basis.U.float() * outputs[f"out.{layer}.U"]).sum(0).sign()
         basis = basis._replace(U=basis.U * signs)
         M = torch.stack([f.dense() for f in basis.encode(factors(case, layer))]).float()
-        merged = 0.7 * elect_and_merge(drop(M, 0.9, (~kept).float()), torch.ones(4))
+        merged = 0.7 * dare_ties(M, torch.ones(4), 0.9, uniform=(~kept).float())
         assert relative_error(basis.decode(merged).dense(), outputs[f"out.{layer}.delta"]) < WITH_SVD
 
 
@@ -168,7 +192,9 @@ def test_core_coordinates(case):
         for side, key in ((basis.U, "U_B"), (basis.V, "Vh_A")):
             want = outputs[f"out.{layer}.{key}"]
             want = want if key == "U_B" else want.mT
-            torch.testing.assert_close((side.mT @ want).abs(), torch.eye(want.shape[1]).double(), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                (side.mT @ want).abs(), torch.eye(want.shape[1]).double(), atol=1e-5, rtol=0
+            )
 
 
 def test_ties_then_iso_in_core_space():
@@ -189,6 +215,18 @@ def test_ties_then_iso_in_core_space():
         assert relative_error(flat, on_range * 32 / rank) < WITH_SVD
 
 
+def signs_are_certain(given):
+    """Whether no update, and no sum of them, is so near to 0 that rounding in float32 could turn its sign.
+
+    A product of rank r is off by `r 2^-24 |B| |A|` at most, in whatever order a processor sums it.
+    """
+    unit = 2.0**-24
+    M = torch.stack([f.dense() for f in given])
+    bound = torch.stack([f.rank * unit * (f.B.abs() @ f.A.abs()) for f in given])
+    of_sum = bound.sum(0) + len(M) * unit * M.abs().sum(0)
+    return bool((M.abs() > bound).all() and (M.sum(0).abs() > of_sum).all())
+
+
 @pytest.mark.parametrize("case", ["hom8", "het"])
 def test_emr_masks_and_scales(case):
     """The authors' scale is a ratio of sums over tensors, so it is the same for all of them."""
@@ -205,6 +243,7 @@ def test_emr_masks_and_scales(case):
     scales = torch.stack([survey[name][0] for name in names])
     assert relative_error(scales, outputs["out.rescalers"]) < ELEMENTWISE
     for w in inputs:
+        assert signs_are_certain(factors(case, w.name, torch.float64))  # so masks can be compared bit by bit
         record = method.record(w._replace(survey=survey))
         for t in range(4):
             mask = outputs[f"out.{w.name}.mask{t}"].bool()

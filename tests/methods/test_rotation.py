@@ -71,7 +71,9 @@ def test_order_of_two():
 def test_order_of_equally_near_ones():
     """`m + e` and `m - e` are equally near to the mean m, which itself is no adapter."""
     m, e = (LoraFactors(x.B.round(), x.A.round()) for x in random_factors([2, 2]))
-    factors = [LoraFactors(torch.cat([m.B, s * e.B], 1), torch.cat([m.A, e.A])) for s in (2.0, 1.0, -1.0, -2.0)]
+    factors = [
+        LoraFactors(torch.cat([m.B, s * e.B], 1), torch.cat([m.A, e.A])) for s in (2.0, 1.0, -1.0, -2.0)
+    ]
     merged = [rotation(order, [1.0] * 4).dense() for order in permutations(factors)]
     assert all(relative_error(other, merged[0]) < 1e-10 for other in merged)
 
@@ -79,5 +81,8 @@ def test_order_of_equally_near_ones():
 def test_adapters_without_an_update_change_nothing():
     f, g = random_factors([3, 3])
     untrained = LoraFactors(torch.zeros_like(f.B), f.A)
-    assert relative_error(rotation([untrained, f, g], [1.0] * 3).dense(), rotation([f, g], [1.0] * 2).dense()) < 1e-12
+    assert (
+        relative_error(rotation([untrained, f, g], [1.0] * 3).dense(), rotation([f, g], [1.0] * 2).dense())
+        < 1e-12
+    )
     assert not rotation([untrained, untrained], [1.0] * 2).dense().any()

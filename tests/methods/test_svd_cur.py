@@ -60,7 +60,9 @@ def test_equals_the_dense_formula(select, combine, shared, ranks):
 
 def test_deim_as_in_the_textbook():
     for seed in range(20):
-        U = torch.linalg.qr(torch.randn(30, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).Q
+        U = torch.linalg.qr(
+            torch.randn(30, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ).Q
         assert choose(U, torch.ones(6), 6, "deim") == deim(U)
 
 
@@ -71,7 +73,10 @@ def test_gamma_0_is_the_shared_part_alone():
     N = torch.linalg.svd(torch.cat([*D.mT], dim=1)).U[:, :3]
     want = L @ L.mT @ task_arithmetic(factors, WEIGHTS).dense() @ N @ N.mT
     for combine in ("residual", "interpolate"):
-        assert relative_error(svd_cur(factors, WEIGHTS, gamma=0.0, shared="sum", combine=combine).dense(), want) < 1e-12
+        assert (
+            relative_error(svd_cur(factors, WEIGHTS, gamma=0.0, shared="sum", combine=combine).dense(), want)
+            < 1e-12
+        )
 
 
 def test_k_0_is_cur_alone():

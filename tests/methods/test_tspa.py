@@ -53,13 +53,21 @@ def make(architecture, path, gpt2):
         return save(GPTNeoXForCausalLM(config), path), 4, 4, 8, ["query_key_value", "attention.dense"]
     gqa = SMALL | {"num_key_value_heads": 2, "intermediate_size": 48}
     if architecture == "qwen2":
-        return save(Qwen2ForCausalLM(Qwen2Config(**gqa)), path), 4, 2, 8, ["q_proj", "k_proj", "v_proj", "o_proj"]
+        return (
+            save(Qwen2ForCausalLM(Qwen2Config(**gqa)), path),
+            4,
+            2,
+            8,
+            ["q_proj", "k_proj", "v_proj", "o_proj"],
+        )
     return save(Phi3ForCausalLM(Phi3Config(**gqa, pad_token_id=0)), path), 4, 2, 8, ["qkv_proj", "o_proj"]
 
 
 def roles(tensors, layer, n, n_kv, d):
     """Dense `Q, K, V` with their bias as a last column, and `O`, of one layer, sliced by hand."""
-    part = {k: v.double() for k, v in tensors.items() if f".{layer}." in k and ("attn" in k or "attention." in k)}
+    part = {
+        k: v.double() for k, v in tensors.items() if f".{layer}." in k and ("attn" in k or "attention." in k)
+    }
 
     def find(*names):
         return next((v for k, v in part.items() if any(k.endswith(x) for x in names)), None)
@@ -69,7 +77,11 @@ def roles(tensors, layer, n, n_kv, d):
         find("query_key_value.bias", "c_attn.bias"),
     )
     out = find(
-        "o_proj.weight", "out_proj.weight", "attention.dense.weight", "attn.c_proj.weight", "output.dense.weight"
+        "o_proj.weight",
+        "out_proj.weight",
+        "attention.dense.weight",
+        "attn.c_proj.weight",
+        "output.dense.weight",
     )
     if fused is None:
         names = [(f"{r[0]}_proj", f"self.{r}") for r in ("query", "key", "value")]
@@ -109,8 +121,12 @@ def apply(base, updates):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt2", "neox", "phi3", "bert"])
-@pytest.mark.parametrize(("modules", "coefficients"), [("all", "linear"), ("all", "paper"), ("first", "linear")])
-def test_reported_objective_is_the_distance_of_the_written_model(architecture, modules, coefficients, gpt2, tmp_path):
+@pytest.mark.parametrize(
+    ("modules", "coefficients"), [("all", "linear"), ("all", "paper"), ("first", "linear")]
+)
+def test_reported_objective_is_the_distance_of_the_written_model(
+    architecture, modules, coefficients, gpt2, tmp_path
+):
     """The merged model is index 0 of Eq. 6-7, so its dense distance to the mean of the adapters is the reported end.
 
     The adapters are weighted ones, unless the paper is taken literally.
@@ -122,7 +138,12 @@ def test_reported_objective_is_the_distance_of_the_written_model(architecture, m
     options = {"gpt2": {"fan_in_fan_out": True}, "bert": {"task_type": None}}.get(architecture, {})
     adapters = [
         save_adapter(
-            path, tmp_path / f"a{i}", seed=i, r=r, target_modules=targets[i % 2 * (len(targets) > 2) :], **options
+            path,
+            tmp_path / f"a{i}",
+            seed=i,
+            r=r,
+            target_modules=targets[i % 2 * (len(targets) > 2) :],
+            **options,
         )
         for i, r in enumerate((3, 2, 4))
     ]
@@ -130,7 +151,8 @@ def test_reported_objective_is_the_distance_of_the_written_model(architecture, m
     weights = [1.0, 0.6, 0.8]
     targets = weights if coefficients == "linear" else [1.0] * 3
     singles = [
-        apply(base, merge_adapters("lora_task_arithmetic", [a], [w], base=path)) for a, w in zip(adapters, targets)
+        apply(base, merge_adapters("lora_task_arithmetic", [a], [w], base=path))
+        for a, w in zip(adapters, targets)
     ]
     ends = {}
     for steps in (1, 40):
@@ -154,7 +176,9 @@ def test_reported_objective_is_the_distance_of_the_written_model(architecture, m
 def three(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
     targets = (["q_proj", "v_proj", "up_proj"], ["q_proj", "k_proj"], ["v_proj", "o_proj", "up_proj"])
-    return [save_adapter(llama, folder / str(i), seed=i, r=4, target_modules=t) for i, t in enumerate(targets)]
+    return [
+        save_adapter(llama, folder / str(i), seed=i, r=4, target_modules=t) for i, t in enumerate(targets)
+    ]
 
 
 def test_ranks_stages_and_reports(llama, three):
@@ -215,7 +239,9 @@ def test_lora_target(llama, three):
     """Both targets are honoured: each result is the closer one to its own target."""
     attention = merge_adapters("tspa_attention", three, base=llama, attention_steps=50)
     results = {
-        target: merge_adapters("tspa", three, base=llama, attention_steps=50, lora_steps=300, lora_target=target)
+        target: merge_adapters(
+            "tspa", three, base=llama, attention_steps=50, lora_steps=300, lora_target=target
+        )
         for target in ("original", "aligned")
     }
     module = "model.layers.0.self_attn.v_proj"

@@ -35,7 +35,9 @@ def check_config(folder, rank=None):
     tensors = load_file(folder / "adapter_model.safetensors")
     assert config.keys() >= VLLM_READS and config["peft_type"] == "LORA"
     assert config["r"] == config["lora_alpha"] == (rank or config["r"])
-    assert config["bias"] == "none" and not (config["use_dora"] or config["use_rslora"] or config["modules_to_save"])
+    assert config["bias"] == "none" and not (
+        config["use_dora"] or config["use_rslora"] or config["modules_to_save"]
+    )
     assert not {"rank_pattern", "alpha_pattern"} & config.keys()
     assert isinstance(config["target_modules"], list)
     for key, tensor in tensors.items():
@@ -83,12 +85,16 @@ def test_card_names_base_adapters_weights_method_and_recipe(llama, adapters, tmp
     assert f"base_model: {llama}\n" in card and "https://arxiv.org/abs/2509.17786" in card
     assert f"| {adapters[0]} | 0.5 to 0.7 |" in card and f"| {adapters[1]} | 1 |" in card
     assert "merge_method: core_tsv" in card
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(llama)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        llama
+    )
 
 
 def test_rank_is_the_best_of_its_size_and_what_it_loses_is_said(llama, adapters, tmp_path, caplog):
     full = merged_tensors(recipe("lora_task_arithmetic", llama, adapters), tmp_path / "full")
-    cut = merged_tensors(recipe("lora_task_arithmetic", llama, adapters, parameters={"rank": 3}), tmp_path / "cut")
+    cut = merged_tensors(
+        recipe("lora_task_arithmetic", llama, adapters, parameters={"rank": 3}), tmp_path / "cut"
+    )
     base, shares = load_file(llama / "model.safetensors"), []
     for name, W in base.items():
         U, S, Vh = torch.linalg.svd((full[name] - W).double()) if full[name].ndim == 2 else (None,) * 3
@@ -97,7 +103,9 @@ def test_rank_is_the_best_of_its_size_and_what_it_loses_is_said(llama, adapters,
         best = (U[:, :3] * S[:3]) @ Vh[:3]
         assert relative_error(cut[name] - W, best) < 1e-4
         shares.append((S[:3].square().sum() / S.square().sum()).item())
-    assert f"keeps {sum(shares) / len(shares):.1%} of the energy of {len(shares)} merged updates" in caplog.text
+    assert (
+        f"keeps {sum(shares) / len(shares):.1%} of the energy of {len(shares)} merged updates" in caplog.text
+    )
     assert f"{min(shares):.1%} of model.layers" in caplog.text
 
 
@@ -138,7 +146,9 @@ def test_conv1d_and_embeddings(gpt2, tmp_path):
         (base, ["embed_tokens", "q_proj"], {}),
     ):
         pair = [
-            save_adapter(model, tmp_path / f"{model.name}{seed}", seed=seed, target_modules=modules, **options)
+            save_adapter(
+                model, tmp_path / f"{model.name}{seed}", seed=seed, target_modules=modules, **options
+            )
             for seed in (1, 2)
         ]
         out = tmp_path / f"{model.name}_out"
@@ -154,7 +164,9 @@ def test_a_full_model_comes_back_as_an_adapter(llama, adapters, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    full = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapters[0]).merge_and_unload()
+    full = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llama), adapters[0]
+    ).merge_and_unload()
     full.save_pretrained(tmp_path / "full")
     config = {
         "merge_method": "lora_task_arithmetic",
@@ -171,7 +183,9 @@ def test_a_full_model_comes_back_as_an_adapter(llama, adapters, tmp_path):
     full.model.norm.weight.data += 1
     full.save_pretrained(tmp_path / "full")
     result = adapter_command(config, tmp_path / "out2")
-    assert result.exit_code == 1 and "model.norm.weight" in result.output and "full model's own" in result.output
+    assert (
+        result.exit_code == 1 and "model.norm.weight" in result.output and "full model's own" in result.output
+    )
 
 
 def test_what_cannot_be_an_adapter(llama, adapters, tmp_path, caplog):
@@ -206,7 +220,9 @@ def test_bad_use(llama, adapters, tmp_path):
     sliced = {
         "merge_method": "core_tsv",
         "base_model": str(llama),
-        "slices": [{"sources": [{"model": f"{llama}+{adapters[0]}", "layer_range": r}]} for r in ([0, 2], [1, 2])],
+        "slices": [
+            {"sources": [{"model": f"{llama}+{adapters[0]}", "layer_range": r}]} for r in ([0, 2], [1, 2])
+        ],
     }
     result = adapter_command(sliced, tmp_path / "z")
     assert result.exit_code == 1 and "rearranges" in result.output
@@ -218,7 +234,10 @@ def test_bad_use(llama, adapters, tmp_path):
         ({"merge_method": "core_tsv"}, "no recipe that mergekit can read"),
         ({"models": [3]}, "no recipe that mergekit can read"),
         (recipe("core_tsv", llama, adapters, tokenizer_source="base"), "has no tokenizer of its own"),
-        (recipe("core_tsv", llama, adapters, parameters={"adapter": [{"value": False}]}), "give true or false"),
+        (
+            recipe("core_tsv", llama, adapters, parameters={"adapter": [{"value": False}]}),
+            "give true or false",
+        ),
     ):
         result = adapter_command(bad, tmp_path / "w")
         assert result.exit_code == 1 and message in result.output

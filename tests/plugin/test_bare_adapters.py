@@ -83,7 +83,10 @@ def test_hub(written, llama, adapters, hub, tmp_path):
 
 
 def test_hub_without_the_repository(llama, hub, tmp_path):
-    for model, message in ((f"{llama}+user/other", "not to be had from the hub"), ("user/other", "has no adapter")):
+    for model, message in (
+        (f"{llama}+user/other", "not to be had from the hub"),
+        ("user/other", "has no adapter"),
+    ):
         config = {"merge_method": "lora_task_arithmetic", "models": [{"model": model}]}
         result = merge(config, tmp_path / "out", "--transformers-cache", str(hub))
         assert result.exit_code == 1 and message in result.output, result.output

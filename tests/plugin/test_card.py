@@ -15,7 +15,10 @@ def test_repositories_are_linked_and_directories_are_not(tmp_path, monkeypatch):
         "base_model": "some/base",
         "models": [
             {"model": "some/base+adapters/math", "parameters": {"weight": 0.5}},
-            {"model": "some/base+other/code@v2", "parameters": {"weight": [{"filter": "mlp", "value": [0, 0.3]}]}},
+            {
+                "model": "some/base+other/code@v2",
+                "parameters": {"weight": [{"filter": "mlp", "value": [0, 0.3]}]},
+            },
             {"model": "some/tuned"},
             {"model": "some/base"},
         ],
@@ -31,4 +34,7 @@ def test_repositories_are_linked_and_directories_are_not(tmp_path, monkeypatch):
         assert row in card
     assert "\n\n| input | weight |\n" in card and "the recipe" in card
     assert "Stoica et al., 2024" in card and "https://arxiv.org/abs/2410.19735" in card
-    assert card.count("| [some/base]") == 0 and "using [some/base](https://huggingface.co/some/base) as a base" in card
+    assert (
+        card.count("| [some/base]") == 0
+        and "using [some/base](https://huggingface.co/some/base) as a base" in card
+    )

@@ -52,17 +52,24 @@ def changed_copy(source, path, edit):
     ],
 )
 def test_the_merge_does_what_was_promised(method, parameters, top, llama, adapters, tmp_path):
-    config = recipe(method, llama, adapters, [1, 0.5, [0.25, 0.75]], parameters={**parameters, "adapter": True}, **top)
+    config = recipe(
+        method, llama, adapters, [1, 0.5, [0.25, 0.75]], parameters={**parameters, "adapter": True}, **top
+    )
     result = check(config, tmp_path)
     assert result.exit_code == 0 and not result.stderr
-    model, adapter = (next(x for x in result.stdout.splitlines() if x.startswith(w)) for w in ("model", "adapter:"))
+    model, adapter = (
+        next(x for x in result.stdout.splitlines() if x.startswith(w)) for w in ("model", "adapter:")
+    )
     written = merged_tensors(config, tmp_path / "out")
     assert number(r"([\d,]+) bytes", model) == sum(t.nbytes for t in written.values())
     assert {str(t.dtype) for t in written.values()} == {f"torch.{re.search(r'b?float[0-9]+', model)[0]}"}
     assert f"of {len(written)} tensors" in model
     tensors = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
     assert number(r"([\d,]+) bytes", adapter) == sum(t.nbytes for t in tensors.values())
-    assert number(r"rank (\d+)", adapter) == json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"]
+    assert (
+        number(r"rank (\d+)", adapter)
+        == json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["r"]
+    )
 
 
 def test_full_models(llama, adapters, tmp_path, monkeypatch):
@@ -73,7 +80,9 @@ def test_full_models(llama, adapters, tmp_path, monkeypatch):
         patch.setattr(ExtractedModule, "factors", lambda *args: pytest.fail("a linear weight is read"))
         result = check(config, tmp_path)
     assert result.exit_code == 0 and not result.stderr
-    row = next([c.strip() for c in x.split("│")[1:-1]] for x in result.stdout.splitlines() if "full model" in x)
+    row = next(
+        [c.strip() for c in x.split("│")[1:-1]] for x in result.stdout.splitlines() if "full model" in x
+    )
     assert row[:3] == ["full", "full model", "5"] and row[5:7] == ["needs the base", "1"]
     merged_tensors(config, tmp_path / "out")
     written = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
@@ -82,7 +91,10 @@ def test_full_models(llama, adapters, tmp_path, monkeypatch):
 
 def test_problems_of_full_models(llama, adapters, tmp_path):
     """Each once, however many slices there are, and without a base that can be read."""
-    full, wide = save_full(llama, tmp_path / "full", adapters[2]), save_llama(tmp_path / "wide", hidden_size=32)
+    full, wide = (
+        save_full(llama, tmp_path / "full", adapters[2]),
+        save_llama(tmp_path / "wide", hidden_size=32),
+    )
     sources = [{"model": str(m)} for m in (full, full, wide, tmp_path / "gone")]
     slices = [{"sources": [source | {"layer_range": [i, i + 1]} for source in sources]} for i in range(2)]
     config = {"merge_method": "core_tsv", "base_model": str(llama), "slices": slices}
@@ -112,7 +124,9 @@ def test_output_directories_do_not_matter(llama, adapters, tmp_path, monkeypatch
 def test_what_is_said_of_adapters(llama, adapters, tmp_path):
     dora = save_adapter(llama, tmp_path / "dora", use_dora=True)
     result = check(recipe("core_tsv", llama, [*adapters, dora], [1, 0.5, [0.25, 0.75], 2]), tmp_path)
-    rows = [[cell.strip() for cell in x.split("│")[1:-1]] for x in result.stdout.splitlines() if x.startswith("│")]
+    rows = [
+        [cell.strip() for cell in x.split("│")[1:-1]] for x in result.stdout.splitlines() if x.startswith("│")
+    ]
     assert [row[0] for row in rows] == ["one", "two", "three", "dora"]
     assert [row[1] for row in rows] == ["LoRA", "LoRA", "rsLoRA", "DoRA"]
     assert [row[2] for row in rows] == ["4", "2", "6", "4"]
@@ -149,7 +163,15 @@ def test_every_problem_is_named(llama, adapters, tmp_path):
     config |= {"parameters": {"lora_lr": -1, "wieght": 2, "lamda": 1}, "out_dtype": "bf16"}
     result = check(config, tmp_path)
     found = errors(result)
-    named = ["out_dtype: 'bf16'", "lora_lr: -1", "wieght", "lamda", "listed twice", "NaN or Inf", "gone: there is no"]
+    named = [
+        "out_dtype: 'bf16'",
+        "lora_lr: -1",
+        "wieght",
+        "lamda",
+        "listed twice",
+        "NaN or Inf",
+        "gone: there is no",
+    ]
     named.append("misfit: the update")
     for sentence in named:
         assert sum(sentence in line for line in found) == 1, sentence
@@ -192,7 +214,9 @@ def test_what_cannot_be_read(llama, adapters, tmp_path):
 
 
 def test_warnings(llama, adapters, tmp_path):
-    zero = changed_copy(adapters[0], tmp_path / "zero", lambda name, t: t * ("0.self_attn.q_proj" not in name))
+    zero = changed_copy(
+        adapters[0], tmp_path / "zero", lambda name, t: t * ("0.self_attn.q_proj" not in name)
+    )
     file = zero / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "meta/another"}))
     sources = [
@@ -248,7 +272,9 @@ def test_tokenizer_options(source, llama, adapters, tmp_path):
     """mergekit plans embeddings in its own way then; they have no adapter here, and the merge starts."""
     base = shutil.copytree(llama, tmp_path / "base")
     save_tokenizer(base)
-    config = recipe("core_tsv", base, adapters[:2], tokenizer={"source": source}, parameters={"adapter": True})
+    config = recipe(
+        "core_tsv", base, adapters[:2], tokenizer={"source": source}, parameters={"adapter": True}
+    )
     result = check(config, tmp_path)
     assert result.exit_code == 0 and "before the vocabulary is aligned" in result.stdout
     assert "adapter: none can be written: an adapter has no tokenizer" in result.stdout
@@ -268,5 +294,10 @@ def test_what_has_no_effect(llama, adapters, tmp_path):
     config = recipe("core_tsv", llama, adapters[:2], [1, weight])
     config["models"][0]["paramaters"] = {"weight": 0.5}
     result = check(config, tmp_path)
-    assert result.exit_code == 0 and "Warning: models.0.paramaters: mergekit knows no such key" in result.stdout
-    assert "Warning: filter 'qproj' is in the name of no tensor" in result.stdout and "v_proj' is" not in result.stdout
+    assert (
+        result.exit_code == 0 and "Warning: models.0.paramaters: mergekit knows no such key" in result.stdout
+    )
+    assert (
+        "Warning: filter 'qproj' is in the name of no tensor" in result.stdout
+        and "v_proj' is" not in result.stdout
+    )

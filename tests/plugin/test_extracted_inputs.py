@@ -54,7 +54,9 @@ def full(llama, adapters, tmp_path_factory):
     return save_full(llama, tmp_path_factory.mktemp("full") / "full", adapters[2], changes)
 
 
-@pytest.mark.parametrize("method", ["lora_task_arithmetic", "tspa_lora", "tspa", "knots_mean", "factor_linear"])
+@pytest.mark.parametrize(
+    "method", ["lora_task_arithmetic", "tspa_lora", "tspa", "knots_mean", "factor_linear"]
+)
 def test_one_full_model_comes_back(method, llama, full, tmp_path):
     config = with_full(llama, [], [full], {"extract_rank": 6}, method)
     got = merged_tensors(config, tmp_path / "out")
@@ -63,7 +65,9 @@ def test_one_full_model_comes_back(method, llama, full, tmp_path):
 
 def test_many_shards(llama, adapters, tmp_path):
     full = save_full(llama, tmp_path / "full", adapters[2], max_shard_size="20KB")
-    got = merged_tensors(with_full(llama, [], [full]), tmp_path / "out", "--out-shard-size", "20K", "--lazy-unpickle")
+    got = merged_tensors(
+        with_full(llama, [], [full]), tmp_path / "out", "--out-shard-size", "20K", "--lazy-unpickle"
+    )
     check(got, base_tensors(full))
 
 
@@ -86,7 +90,9 @@ def test_experts(moe, tmp_path):  # noqa: F811
         "mixtral": {"target_modules": ["q_proj", "w1", "w2", "w3", "gate"]},
         "gpt_oss": {"target_parameters": EXPERTS},
     }.items():
-        full = save_full(moe / name, tmp_path / name, save_adapter(moe / name, tmp_path / f"{name}-lora", **config))
+        full = save_full(
+            moe / name, tmp_path / name, save_adapter(moe / name, tmp_path / f"{name}-lora", **config)
+        )
         got = merged_tensors(with_full(moe / name, [], [full]), tmp_path / f"{name}-out")
         check(got, base_tensors(full))
 
@@ -136,7 +142,9 @@ def test_parameters_per_model(llama, adapters, tmp_path):
 
 
 def test_same_result_twice(llama, full, tmp_path):
-    once, again = (merged_tensors(with_full(llama, [], [full]), tmp_path / name) for name in ("once", "again"))
+    once, again = (
+        merged_tensors(with_full(llama, [], [full]), tmp_path / name) for name in ("once", "again")
+    )
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
@@ -144,7 +152,9 @@ def test_what_is_lost_is_said(llama, tmp_path, caplog):
     name = "model.layers.0.mlp.up_proj.weight"
     full = save_full(llama, tmp_path / "full", changes={name: torch.randn(96, 64)})
     merged_tensors(with_full(llama, [], [full], {"extract_rank": 4}), tmp_path / "out")
-    lines = [r.message for r in caplog.records if r.name.startswith("mergekit_tspa") and r.levelname == "WARNING"]
+    lines = [
+        r.message for r in caplog.records if r.name.startswith("mergekit_tspa") and r.levelname == "WARNING"
+    ]
     (line,) = lines
     assert re.search(rf"of 14 weights 1 differ .* rank 4 keep .* {re.escape(name)}; the rest is lost", line)
 
@@ -173,7 +183,10 @@ def test_bad_full_models(llama, full, adapters, tmp_path):
     }
     for message, config in cases.items():
         result = merge(config, tmp_path / "out")
-        assert result.exit_code == 1 and re.search(message, result.output.splitlines()[-1]), (message, result.output)
+        assert result.exit_code == 1 and re.search(message, result.output.splitlines()[-1]), (
+            message,
+            result.output,
+        )
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="it is a full model; give the base"):
         merge_adapters("tspa_lora", [full])

@@ -43,7 +43,11 @@ KINDS = {
     "embedding of positions": ("gpt2", {"target_modules": ["wpe"]}, ["transformer.wpe.weight"]),
     "head": ("untied", {"target_modules": ["lm_head", "q_proj"]}, ["lm_head.weight"]),
     "DoRA": ("untied", {"use_dora": True}, [f"{Q}.weight"]),
-    "DoRA on Conv1D": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}, []),
+    "DoRA on Conv1D": (
+        "gpt2",
+        {"use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
+        [],
+    ),
     "DoRA on embedding and head": (
         "untied",
         {"use_dora": True, "target_modules": ["embed_tokens", "lm_head"], "use_rslora": True},
@@ -75,7 +79,11 @@ KINDS = {
     "all biases": ("untied", {"bias": "all"}, [f"{Q}.bias", f"{LAYER}self_attn.k_proj.bias"]),
     "biases of LoRA layers": ("untied", {"bias": "lora_only"}, [f"{Q}.bias"]),
     "bias of lora_B": ("untied", {"lora_bias": True}, [f"{Q}.bias"]),
-    "both biases": ("untied", {"lora_bias": True, "bias": "all"}, [f"{Q}.bias", f"{LAYER}self_attn.k_proj.bias"]),
+    "both biases": (
+        "untied",
+        {"lora_bias": True, "bias": "all"},
+        [f"{Q}.bias", f"{LAYER}self_attn.k_proj.bias"],
+    ),
     "tokens": ("untied", {"trainable_token_indices": [5, 1]}, ["model.embed_tokens.weight"]),
     "tokens, tied": ("llama", {"trainable_token_indices": [5, 1]}, ["model.embed_tokens.weight"]),
     "tokens of embedding and head": (
@@ -100,7 +108,11 @@ KINDS = {
         {"target_parameters": EXPERTS},
         [f"{LAYER}{name}" for name in EXPERTS],
     ),
-    "experts, square and transposed": ("gpt_oss", {"target_parameters": EXPERTS[1:]}, [f"{LAYER}{EXPERTS[1]}"]),
+    "experts, square and transposed": (
+        "gpt_oss",
+        {"target_parameters": EXPERTS[1:]},
+        [f"{LAYER}{EXPERTS[1]}"],
+    ),
 }
 
 
@@ -114,7 +126,9 @@ def untied(tmp_path_factory):
     """A Qwen2: untied, with biases, here not zero, of query, key and value."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=False, **shape))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=False, **shape)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -161,7 +175,10 @@ def test_one_adapter_is_peft_s_own_merge(kind, request, moe, tmp_path):
 @pytest.mark.parametrize(
     "method, parameters",
     [
-        *((method, {}) for method in ("factor_linear", "tspa", "tspa_attention", "tspa_lora", "tspa_pairwise")),
+        *(
+            (method, {})
+            for method in ("factor_linear", "tspa", "tspa_attention", "tspa_lora", "tspa_pairwise")
+        ),
         ("knots_mean", {}),
         ("core_dare_linear", {"density": 1.0}),
         ("lora_ties", {"density": 1.0}),
@@ -175,7 +192,11 @@ def test_one_adapter_comes_back_from_every_family(method, parameters, untied, tm
 
 
 def test_records_of_emr_hold_low_rank_updates_only(untied, moe, tmp_path):
-    kinds = [(untied, {"use_dora": True}), (untied, {"bias": "all"}), (moe / "gpt_oss", {"target_parameters": EXPERTS})]
+    kinds = [
+        (untied, {"use_dora": True}),
+        (untied, {"bias": "all"}),
+        (moe / "gpt_oss", {"target_parameters": EXPERTS}),
+    ]
     for i, (base, config) in enumerate(kinds):
         adapter = save_adapter(base, tmp_path / str(i), **config)
         result = merge(recipe("lora_emr", base, [adapter]), tmp_path / "out")
@@ -214,7 +235,9 @@ def norms(W):
 def test_dora_adapters_and_a_plain_one(scale, untied, tmp_path):
     """`V = W + sum a_t D_t`; `m` moves by the mean of `a_t (m_t - m_0)`, the plain one with the norms of `W + D_t`."""
     adapters = [
-        save_adapter(untied, tmp_path / str(i), seed=i, use_dora=i < 2, r=2 + i, target_modules=["q_proj", "up_proj"])
+        save_adapter(
+            untied, tmp_path / str(i), seed=i, use_dora=i < 2, r=2 + i, target_modules=["q_proj", "up_proj"]
+        )
         for i in range(3)
     ]
     weights = [0.8, -0.3, 0.5]
@@ -235,7 +258,9 @@ def test_dora_adapters_and_a_plain_one(scale, untied, tmp_path):
 def test_tspa_merges_the_directions_of_dora_adapters(untied, tmp_path):
     """The method sees the factors as if there were no magnitudes."""
     adapters = [save_adapter(untied, tmp_path / str(i), seed=i, use_dora=True) for i in range(2)]
-    got = merged_tensors(recipe("tspa_lora", untied, adapters, parameters={"lora_steps": 50}), tmp_path / "out")
+    got = merged_tensors(
+        recipe("tspa_lora", untied, adapters, parameters={"lora_steps": 50}), tmp_path / "out"
+    )
     base = base_tensors(untied)
     plain = []
     for adapter in adapters:
@@ -253,8 +278,12 @@ def test_tspa_merges_the_directions_of_dora_adapters(untied, tmp_path):
 def test_changes_merge_as_weighted_means(untied, tmp_path):
     """Heads of two adapters, one with LoRA on it besides, and tokens of which one is trained by both."""
     adapters = [
-        save_adapter(untied, tmp_path / "0", seed=0, modules_to_save=["lm_head"], trainable_token_indices=[5, 1]),
-        save_adapter(untied, tmp_path / "1", seed=1, modules_to_save=["lm_head"], trainable_token_indices=[7, 5]),
+        save_adapter(
+            untied, tmp_path / "0", seed=0, modules_to_save=["lm_head"], trainable_token_indices=[5, 1]
+        ),
+        save_adapter(
+            untied, tmp_path / "1", seed=1, modules_to_save=["lm_head"], trainable_token_indices=[7, 5]
+        ),
         save_adapter(untied, tmp_path / "2", seed=2, target_modules=["lm_head"], save_embedding_layers=False),
     ]
     weights, scale = [0.75, -0.25, 0.5], 0.9
@@ -289,9 +318,15 @@ def test_experts_of_two_adapters_by_recipe_and_python(moe, tmp_path):
         before = base_tensors(base)
         down = before[LAYER + EXPERTS[1]]
         for expert in range(3):
-            name = LAYER + (f"mlp.experts.{expert}.down_proj" if "qwen" in base.name else f"{EXPERTS[1]}[{expert}]")
-            assert relative_error(got[LAYER + EXPERTS[1]][expert], updates[name].apply_to(down[expert])) < 1e-6
-        exact = merged_tensors(recipe("lora_task_arithmetic", base, adapters, [1, 0.5]), tmp_path / base.name / "exact")
+            name = LAYER + (
+                f"mlp.experts.{expert}.down_proj" if "qwen" in base.name else f"{EXPERTS[1]}[{expert}]"
+            )
+            assert (
+                relative_error(got[LAYER + EXPERTS[1]][expert], updates[name].apply_to(down[expert])) < 1e-6
+            )
+        exact = merged_tensors(
+            recipe("lora_task_arithmetic", base, adapters, [1, 0.5]), tmp_path / base.name / "exact"
+        )
         merged = [peft_merged(base, adapter) for adapter in adapters]
         for name, W in before.items():
             target = W + sum(a * (m[name].double() - W.double()) for a, m in zip([1, 0.5], merged))
@@ -309,7 +344,9 @@ def test_the_loader_serves_adapted_tensors(untied, moe, tmp_path):
         adapter = save_adapter(base, tmp_path / base.name, **config)
         paths = (ModelPath(path=str(path)) for path in (base, adapter))
         loader = AdapterReference(**dict(zip(("model", "lora"), paths))).lazy_loader()
-        check({name: loader.get_tensor(name) for name in loader.index.tensor_paths}, peft_merged(base, adapter))
+        check(
+            {name: loader.get_tensor(name) for name in loader.index.tensor_paths}, peft_merged(base, adapter)
+        )
 
 
 def test_experts_trained_apart(moe, tmp_path):
@@ -354,7 +391,9 @@ def test_mlx(dora, untied, tmp_path):
     config = {"fine_tune_type": "dora" if dora else "lora", "lora_parameters": {"rank": 4, "scale": 20.0}}
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"model": str(untied)}))
     torch.manual_seed(4)
-    parts = {"lora_a": torch.randn(32, 4), "lora_b": torch.randn(4, 32)} | ({"m": torch.rand(32)} if dora else {})
+    parts = {"lora_a": torch.randn(32, 4), "lora_b": torch.randn(4, 32)} | (
+        {"m": torch.rand(32)} if dora else {}
+    )
     save_file({f"{Q}.{part}": tensor for part, tensor in parts.items()}, adapter / "adapters.safetensors")
     got = merged_tensors({"merge_method": "tspa_lora", "models": [{"model": f"{adapter}"}]}, tmp_path / "out")
     V = base_tensors(untied)[f"{Q}.weight"] + 20 * (parts["lora_a"] @ parts["lora_b"]).T
@@ -401,7 +440,9 @@ def bad_kinds(llama, untied, moe, folder):
         return lambda tensors: {key: t for key, t in tensors.items() if part not in key}
 
     quantised = shutil.copytree(untied, folder / "quantised")
-    edit_config(quantised, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    edit_config(
+        quantised, "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
     integers = shutil.copytree(untied, folder / "integers")
     tensors = load_file(integers / "model.safetensors")
     tensors[f"{Q}.weight"] = (100 * tensors[f"{Q}.weight"]).to(torch.int8)
@@ -460,12 +501,16 @@ def bad_kinds(llama, untied, moe, folder):
         "base of integers": (integers, plain, "base model is quantised.*q_proj.weight"),
         "unknown nesting": (
             moe / "qwen3_moe",
-            edit_config(saved("m", moe / "qwen3_moe", target_parameters=EXPERTS), target_parameters=EXPERTS[:1]),
+            edit_config(
+                saved("m", moe / "qwen3_moe", target_parameters=EXPERTS), target_parameters=EXPERTS[:1]
+            ),
             "experts has 2 pairs of factors, but target_parameters",
         ),
         "rank of experts": (
             moe / "qwen3_moe",
-            edit_config(saved("n", moe / "qwen3_moe", target_parameters=EXPERTS), rank_pattern={".*experts.*": 5}),
+            edit_config(
+                saved("n", moe / "qwen3_moe", target_parameters=EXPERTS), rank_pattern={".*experts.*": 5}
+            ),
             "hold 12 rows, no multiple of the rank 5",
         ),
         **{
@@ -479,7 +524,12 @@ def bad_kinds(llama, untied, moe, folder):
         "rank": (untied, edit_config(saved("o", untied), r=8), "rank 4 but adapter_config.json says r = 8"),
         "NaN in a saved module": (
             untied,
-            saved("p", untied, lambda t: {k: x * float("nan") for k, x in t.items()}, modules_to_save=["lm_head"]),
+            saved(
+                "p",
+                untied,
+                lambda t: {k: x * float("nan") for k, x in t.items()},
+                modules_to_save=["lm_head"],
+            ),
             "contains NaN",
         ),
         "whole weights of mlx-lm": (

@@ -52,7 +52,9 @@ def test_recipe_and_python_entry_agree(method, llama, adapters, tmp_path):
     got = merged_tensors(recipe(method, llama, adapters, [1.0, 0.5, 0.8]), tmp_path / "out")
     updates = merge_adapters(method, adapters, [1.0, 0.5, 0.8])
     target = {
-        name: updates[name.removesuffix(".weight")].apply_to(W) if name.removesuffix(".weight") in updates else W
+        name: updates[name.removesuffix(".weight")].apply_to(W)
+        if name.removesuffix(".weight") in updates
+        else W
         for name, W in base_tensors(llama).items()
         if name != "lm_head.weight"
     }
@@ -130,14 +132,18 @@ def test_bfloat16_base_is_rounded_once(llama, adapters, tmp_path):
 
 
 def test_dtype_does_not_round_the_base_first(llama, adapters, tmp_path):
-    got = merged_tensors(recipe("lora_task_arithmetic", llama, adapters[:1], dtype="bfloat16"), tmp_path / "out")
+    got = merged_tensors(
+        recipe("lora_task_arithmetic", llama, adapters[:1], dtype="bfloat16"), tmp_path / "out"
+    )
     for name, want in weighted_target(llama, adapters[:1], [1.0]).items():
         assert (got[name] != want.to(torch.bfloat16)).float().mean() < 0.002, name
 
 
 def test_sharded_lazy_asynchronous(llama, adapters, tmp_path):
     options = "--lazy-unpickle --out-shard-size 20K --async-write --write-threads 2 --clone-tensors".split()
-    got = merged_tensors(recipe("lora_task_arithmetic", llama, adapters, [1, 1, 1]), tmp_path / "out", *options)
+    got = merged_tensors(
+        recipe("lora_task_arithmetic", llama, adapters, [1, 1, 1]), tmp_path / "out", *options
+    )
     check(got, weighted_target(llama, adapters, [1, 1, 1]))
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
 
@@ -213,7 +219,10 @@ def bad_recipes(llama, adapters, folder):
     beyond["slices"] = [{"sources": [good()["models"][0] | {"layer_range": [1, 9]}]}]
     nan = change(folder, one, lambda t: first(t, lambda x: x * float("nan")))
     return {
-        "missing adapter": (recipe("lora_task_arithmetic", llama, [folder / "no"]), "no such adapter directory"),
+        "missing adapter": (
+            recipe("lora_task_arithmetic", llama, [folder / "no"]),
+            "no such adapter directory",
+        ),
         "no files": (recipe("lora_task_arithmetic", llama, [llama]), "no adapter_config.json"),
         "other shapes": (recipe("lora_task_arithmetic", other, [one]), r"shape \(64, 64\).*\(32, 32\)"),
         "NaN": (recipe("lora_task_arithmetic", llama, [nan, two]), "NaN or Inf"),
@@ -261,9 +270,14 @@ def test_a_slice_of_the_base_alone(llama, adapters, tmp_path):
 
 def test_weights_that_yaml_reads_as_text(llama, adapters, tmp_path):
     """YAML 1.1 takes `1e-1` for a string."""
-    text = merged_tensors(recipe("lora_task_arithmetic", llama, adapters[:2], ["1e-1", ["0.5", 1]]), tmp_path / "text")
+    text = merged_tensors(
+        recipe("lora_task_arithmetic", llama, adapters[:2], ["1e-1", ["0.5", 1]]), tmp_path / "text"
+    )
     check(
-        text, merged_tensors(recipe("lora_task_arithmetic", llama, adapters[:2], [0.1, [0.5, 1]]), tmp_path / "number")
+        text,
+        merged_tensors(
+            recipe("lora_task_arithmetic", llama, adapters[:2], [0.1, [0.5, 1]]), tmp_path / "number"
+        ),
     )
     card = (tmp_path / "text/README.md").read_text()
     assert f"{adapters[0]} | 0.1 |" in card and f"{adapters[1]} | 0.5 to 1 |" in card

@@ -29,7 +29,9 @@ def refused(result, *words):
 def test_files_that_cannot_grow(command, complete, size, llama, adapters, tmp_path):
     """As on a full disk: by the limit of a process on the size of its files."""
     file = write_recipe(tmp_path / "recipe.yml", recipe("core_tsv", llama, adapters))
-    task = Task(command, [str(file), str(tmp_path / "out"), "--no-copy-tokenizer"], tmp_path / "out", complete)
+    task = Task(
+        command, [str(file), str(tmp_path / "out"), "--no-copy-tokenizer"], tmp_path / "out", complete
+    )
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # noqa: E731
     _, status = os.waitpid(fork(task, limit), 0)
     if status == 0:
@@ -62,7 +64,9 @@ def test_inputs_are_no_outputs(llama, adapters, tmp_path):
     refused(merge(recipe("core_tsv", base, adapters), base), "is an input of this merge")
     adapter = shutil.copytree(adapters[0], tmp_path / "adapter")
     file = write_recipe(tmp_path / "recipe.yml", recipe("core_tsv", llama, [adapter, adapters[1]]))
-    refused(CliRunner().invoke(run_adapter, [str(file), str(adapter), "--quiet"]), "is an input of this merge")
+    refused(
+        CliRunner().invoke(run_adapter, [str(file), str(adapter), "--quiet"]), "is an input of this merge"
+    )
     assert sorted(base.iterdir()) == before and adapter_complete(adapter)
 
 
@@ -120,7 +124,9 @@ def test_values(method, value, adapters, tmp_path):
     """Finite, or refused in a sentence; beside an ordinary adapter and beside one of its kind."""
     of, changes = VALUES[value]
     odd = shutil.copytree(adapters[0], tmp_path / "odd")
-    tensors = {name: of(tensor).contiguous() for name, tensor in load_file(odd / "adapter_model.safetensors").items()}
+    tensors = {
+        name: of(tensor).contiguous() for name, tensor in load_file(odd / "adapter_model.safetensors").items()
+    }
     save_file(tensors, odd / "adapter_model.safetensors")
     config = json.loads((odd / "adapter_config.json").read_text())
     (odd / "adapter_config.json").write_text(json.dumps(config | changes))

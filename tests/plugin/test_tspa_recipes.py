@@ -52,7 +52,9 @@ def test_recipe_and_python_entry_agree(method, llama, three, tmp_path, caplog):
     updates = merge_adapters(method, three, [1.0, 0.5, 0.8], base=llama, **METHODS[method])
     check(got, expected(llama, updates))
     logged = [record.message for record in caplog.records if record.name.startswith("mergekit_tspa")]
-    assert sum("objective" in message and "orthogonality" in message for message in logged) == len(updates.reports)
+    assert sum("objective" in message and "orthogonality" in message for message in logged) == len(
+        updates.reports
+    )
 
 
 def test_small_chunks_give_the_same(llama, three, tmp_path, monkeypatch):
@@ -73,7 +75,9 @@ def test_base_weights_are_not_held_while_solving(llama, three, tmp_path, monkeyp
     for task in (LoadSide, MergeChunk, LoadTensor):
         original = task.execute
         monkeypatch.setattr(
-            task, "execute", lambda self, *a, _f=original, **k: order.append(type(self).__name__) or _f(self, *a, **k)
+            task,
+            "execute",
+            lambda self, *a, _f=original, **k: order.append(type(self).__name__) or _f(self, *a, **k),
         )
     merged_tensors(recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out")
     solved = len(order) - order[::-1].index("MergeChunk")
@@ -104,7 +108,8 @@ def test_slices_and_gradients(llama, three, tmp_path):
     """Layers 0, 1, 1 with weights along a gradient; the repeated layer is aligned in both places."""
     ref = recipe("x", llama, three)["models"]
     source = lambda layers, weights: [  # noqa: E731
-        {"model": ref[i]["model"], "layer_range": layers, "parameters": {"weight": w}} for i, w in enumerate(weights)
+        {"model": ref[i]["model"], "layer_range": layers, "parameters": {"weight": w}}
+        for i, w in enumerate(weights)
     ]
     config = {
         "merge_method": "tspa",
@@ -133,7 +138,10 @@ def test_modules(inner, llama, three, tmp_path):
     if inner == "slices":
         models = [{"sources": [model | {"layer_range": [0, 2]} for model in models]}]
     config["modules"] = {"default": {inner: models}}
-    check(merged_tensors(config, tmp_path / "out"), expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
+    check(
+        merged_tensors(config, tmp_path / "out"),
+        expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)),
+    )
 
 
 @pytest.mark.parametrize("options", [[], ["--low-cpu-memory", "--read-to-gpu"]], ids=" ".join)
@@ -156,7 +164,9 @@ def test_several_devices(options, llama, three, tmp_path, monkeypatch):
 
     device_of = tasks.device_of
     monkeypatch.setattr(tasks, "device_of", lambda device: used.add(device_of(device)) or device_of(device))
-    got = merged_tensors(recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out", "--multi-gpu", *options)
+    got = merged_tensors(
+        recipe("tspa", llama, three, parameters=STEPS), tmp_path / "out", "--multi-gpu", *options
+    )
     check(got, expected(llama, merge_adapters("tspa", three, base=llama, **STEPS)))
     assert used == {torch.device("cpu:0"), torch.device("cpu:1")}
 
@@ -170,7 +180,9 @@ def test_several_devices_need_an_accelerator(llama, three, tmp_path):
 
 def test_a_solver_that_fails_leaves_no_files(llama, tmp_path):
     adapter = save_adapter(llama, tmp_path / "a", lora_alpha=1e38, target_modules=["q_proj"])
-    result = merge(recipe("tspa", llama, [adapter, save_adapter(llama, tmp_path / "b", seed=5)]), tmp_path / "out")
+    result = merge(
+        recipe("tspa", llama, [adapter, save_adapter(llama, tmp_path / "b", seed=5)]), tmp_path / "out"
+    )
     assert result.exit_code == 1
     assert "not finite" in result.output and "self_attn" in result.output
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
@@ -189,8 +201,10 @@ def test_progress_says_what_is_solved_and_how_far(llama, three):
     assert stages == ["query-key alignment", "value-output alignment", "LoRA alignment"]
     for stage in stages:
         done, left = zip(*(numbers for name, *numbers in said if name == stage))
-        assert done[0] == 0 and done[-1] == 1  # in between again, as weights of other ranks are another batch
-        assert left[0] == 1 and 0 < left[-1] < 1
+        assert done[0] == 0 and done[-1] == 1  # in between again, as tensors of other ranks are another batch
+        # Batches of tensors that one adapter touches have nothing to gain: they stay at 1, but for rounding.
+        assert left[0] == pytest.approx(1) and min(left) < 0.9
+        assert all(0 < part <= 1 + 1e-6 for part in left)
     with Bar(quiet=False) as bar:
         bar.update("LoRA alignment", 0.5, 0.25)
         assert "LoRA alignment:  50%" in str(bar.bar) and "0.25 of the objective left" in str(bar.bar)

@@ -395,6 +395,13 @@ class TestDcMerge:
         merged = dc_merge(M, MIXED, smoothing="none", keep=keep)
         assert relative_error(merged, (MIXED[:, None, None] * M).sum(0)) < ROUNDING
 
+    def test_by_default_as_many_entries_stay_as_an_adapter_has_directions(self):
+        M = dense(*draw((4, 4, 4), 14, 13))  # 144 entries each, and little room
+        got = dc_merge(M, ONES, smoothing="none")
+        assert relative_error(dc_merge(M, ONES, smoothing="none", keep=4.5 / 144), got) < ROUNDING
+        for count in (3.5, 5.5):
+            assert relative_error(dc_merge(M, ONES, smoothing="none", keep=count / 144), got) > 1e-2
+
     def test_smoothing_keeps_the_sum_of_singular_values(self):
         M = dense(*draw())[1:2]
         s = torch.linalg.svdvals(M[0])[:5]
@@ -493,11 +500,12 @@ class TestAce:
             assert torch.linalg.matrix_rank(Q @ X) <= most
 
     def test_isotropic_part_has_no_arbitrary_direction(self):
-        """More directions are asked for than the updates have."""
+        """More directions are asked for than the updates have, and fewer are theirs than they have columns."""
         B, A = draw((2, 1), 40, 30)
+        B, A = [*B, B[0]], [*A, A[0]]
         options = {"spread": -1.0, "isotropic": 1.0}
-        merged = merged_by_ace(B, A, ONES[:2], **options)
+        merged = merged_by_ace(B, A, ONES, **options)
         noise = 1e-9 * drawer(5)(40, 2)
-        noisy = merged_by_ace([B[0] + noise, B[1]], A, ONES[:2], **options)
-        assert torch.linalg.matrix_rank(merged) == 3
+        noisy = merged_by_ace([B[0] + noise, *B[1:]], A, ONES, **options)
+        assert torch.linalg.matrix_rank(merged, rtol=1e-7) == 3
         assert relative_error(noisy, merged) < 1e-6

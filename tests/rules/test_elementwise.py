@@ -4,10 +4,13 @@ import pytest
 import torch
 from mergekit.sparsify import della_magprune, magnitude, magnitude_outliers
 
+from mergekit_tspa.rules.breadcrumbs import kept_range, trim_outliers
+from mergekit_tspa.rules.dare import drop
+from mergekit_tspa.rules.della import magnitude_drop
 from mergekit_tspa.rules.emr import rescalers, unify
-from mergekit_tspa.rules.pcb import clamp_positions, pcb, score_positions
-from mergekit_tspa.rules.sparsify import drop, kept_from, magnitude_drop, outlier_bounds, trim, trim_outliers
-from mergekit_tspa.rules.ties import elect_and_merge
+from mergekit_tspa.rules.pcb import pcb
+from mergekit_tspa.rules.prune import kept_from, trim
+from mergekit_tspa.rules.ties import elect_and_merge, ties
 
 ONES = torch.ones(3)
 
@@ -25,14 +28,14 @@ def at(M, positions):
 
 @pytest.mark.parametrize("density", [0.01, 0.2, 0.55, 1.0])
 def test_trim_keeps_as_many_as_mergekit(M, density):
-    kept = trim(M, at(M, lambda n: [kept_from(density, n, floor=True)]))
+    kept = trim(M, at(M, lambda n: [kept_from(density, n, "mergekit")]))
     assert torch.equal(kept, torch.stack([magnitude(m, density) for m in M]))
     assert (trim(M, at(M, lambda n: [kept_from(0.2, n)])) != 0).flatten(1).sum(1).tolist() == [49] * 3
 
 
 @pytest.mark.parametrize("density, gamma", [(0.9, 0.01), (0.5, 0.1), (0.95, 0.3), (0.2, 0.05)])
 def test_outliers_are_those_of_mergekit(M, density, gamma):
-    low, high = at(M, lambda n: outlier_bounds(density, gamma, n)).mT
+    low, high = at(M, lambda n: kept_range(density, gamma, n)).mT
     assert torch.equal(
         trim_outliers(M, low, high), torch.stack([magnitude_outliers(m, density, gamma=gamma) for m in M])
     )
@@ -88,7 +91,32 @@ def test_election_by_hand():
     weighted = elect_and_merge(M, torch.tensor([1.0, 3.0, 2.0]))
     torch.testing.assert_close(weighted, torch.tensor([-1.0, -1.0, 1.75]))
     # A negative weight votes with the opposite, and no entry ends opposite to the elected sign.
-    torch.testing.assert_close(elect_and_merge(M, torch.tensor([1.0, -1.0, 1.0])), torch.tensor([2.0, 1.0, -2.0]))
+    torch.testing.assert_close(
+        elect_and_merge(M, torch.tensor([1.0, -1.0, 1.0])), torch.tensor([2.0, 1.0, -2.0])
+    )
+
+
+def ties_of_entries(M, weights, density):
+    """TIES as the paper's algorithm reads, entry by entry."""
+    n, entries = len(M), M.flatten(1)
+    kept = int(density * entries.shape[1]) + 1
+    trimmed = torch.zeros_like(entries)
+    for t in range(n):
+        largest = entries[t].abs().topk(kept).indices
+        trimmed[t, largest] = entries[t, largest]
+    merged = torch.zeros_like(entries[0])
+    for i in range(entries.shape[1]):
+        sign = sum(weights[t] * trimmed[t, i] for t in range(n)).sign()
+        agree = [t for t in range(n) if trimmed[t, i] and (weights[t] * trimmed[t, i]).sign() == sign]
+        if agree:
+            merged[i] = sum(weights[t] * trimmed[t, i] for t in agree) / sum(abs(weights[t]) for t in agree)
+    return merged.view(M[0].shape)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.9])
+def test_ties_is_the_papers_algorithm(M, density):
+    weights = torch.tensor([1.0, 0.5, -0.7])
+    torch.testing.assert_close(ties(M, weights, density), ties_of_entries(M, weights, density))
 
 
 def test_opposite_updates_cancel(M):
@@ -98,12 +126,7 @@ def test_opposite_updates_cancel(M):
 
 
 def merged_by_pcb(M, ratio=0.3, variant="invariant", weights=None):
-    from mergekit_tspa.rules.pcb import clamped, scores
-
-    bounds = at(M, lambda n: clamp_positions(n, 0.01))
-    beta = scores(M, clamped(M, bounds)[1], variant).flatten(1).sort().values
-    score_bounds = beta[:, list(score_positions(beta.shape[1], ratio))]
-    return pcb(M, torch.ones(len(M)) if weights is None else weights, bounds, score_bounds, variant)
+    return pcb(M, torch.ones(len(M)) if weights is None else weights, ratio, 0.01, variant)
 
 
 def test_pcb_properties(M):
@@ -133,4 +156,6 @@ def test_emr(M):
     torch.testing.assert_close((uni.abs() * mask).mean((1, 2)) * scales, own)
     alone, mask = unify(M[:1], ONES[:1])
     assert torch.equal(alone, M[0]) and mask.all()
-    assert torch.equal(rescalers(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])), torch.tensor([1.0, 0.5]))
+    assert torch.equal(
+        rescalers(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 4.0])), torch.tensor([1.0, 0.5])
+    )

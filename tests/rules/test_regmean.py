@@ -244,6 +244,9 @@ def test_without_a_ridge_fewer_inputs_than_features_are_answered_in_the_least_sq
     answers = torch.cat([x @ (B_t @ A_t).mT for x, B_t, A_t in zip(X, B, A)])
     want = torch.linalg.pinv(torch.cat(X)) @ answers  # 9 inputs, 14 features
     assert relative_error(merged, want.mT) < 1e-8
+    # Rounding of the statistics must not be taken for inputs.
+    rounded = regmean(B, A, [second_moment(x).float() for x in X], ONES, ridge=0.0)
+    assert relative_error(product(rounded), want.mT) < 1e-3
 
 
 def test_a_few_huge_inputs_do_not_hide_the_others():

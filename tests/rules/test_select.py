@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergekit_tspa.rules.select import order_statistics
+from mergekit_tspa.rules.order_statistics import order_statistics
 
 
 @settings(max_examples=60, deadline=None)

@@ -16,7 +16,9 @@ def low_rank(n=3, p=20, q=16, r=3, seed=0):
 ONES = torch.ones(3).double()
 
 
-@pytest.mark.parametrize("rule", [tsv, iso, cart, lambda M, a: iso(M, a, 0.5), lambda M, a: tsv(M, a, 2, False)])
+@pytest.mark.parametrize(
+    "rule", [tsv, iso, cart, lambda M, a: iso(M, a, 0.5), lambda M, a: tsv(M, a, 2, False)]
+)
 def test_equivariant_odd_and_independent_of_order(rule):
     M = low_rank()
     P, Q = torch.linalg.qr(low_rank(1, 20, 20, 20, 1)[0]).Q, torch.linalg.qr(low_rank(1, 16, 16, 16, 2)[0]).Q

@@ -10,6 +10,7 @@ from mergekit_tspa.spaces.basis import FULL
 from mergekit_tspa.spaces.core import balanced, core
 from mergekit_tspa.spaces.cores import cores
 from mergekit_tspa.spaces.ctm import ctm, shared_subspaces
+from mergekit_tspa.spaces.factor import Factors
 from mergekit_tspa.spaces.knots import knots
 from tests.conftest import relative_error
 
@@ -17,7 +18,9 @@ from tests.conftest import relative_error
 def draw(ranks, d_out=24, d_in=18, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     return [
-        LoraFactors(torch.randn(d_out, r, generator=g, dtype=dtype), torch.randn(r, d_in, generator=g, dtype=dtype))
+        LoraFactors(
+            torch.randn(d_out, r, generator=g, dtype=dtype), torch.randn(r, d_in, generator=g, dtype=dtype)
+        )
         for r in ranks
     ]
 
@@ -36,7 +39,9 @@ SPACES = {
 }
 
 
-@pytest.mark.parametrize("factors", [draw([3, 5, 2]), draw([1]), draw([16, 16], 24, 18), draw([4, 4]) * 2, SHARED_A])
+@pytest.mark.parametrize(
+    "factors", [draw([3, 5, 2]), draw([1]), draw([16, 16], 24, 18), draw([4, 4]) * 2, SHARED_A]
+)
 @pytest.mark.parametrize("space", SPACES)
 def test_lossless(space, factors):
     basis = SPACES[space](factors)
@@ -85,7 +90,9 @@ def test_ctm_equals_tensorly(rank):
     X = torch.stack([f.dense() for f in factors])
     X = X / torch.linalg.matrix_norm(X, keepdim=True) * torch.linalg.matrix_norm(X).mean()
     with tensorly.backend_context("pytorch"):
-        (_, sides), _ = partial_tucker(X, rank=[rank, rank], modes=[1, 2], n_iter_max=1000, tol=1e-6, init="svd")
+        (_, sides), _ = partial_tucker(
+            X, rank=[rank, rank], modes=[1, 2], n_iter_max=1000, tol=1e-6, init="svd"
+        )
     basis = ctm(factors, rank)
     for got, want in zip(basis, sides):
         assert relative_error(got @ got.mT, want @ want.mT) < 1e-6
@@ -118,3 +125,27 @@ def test_cores():
     c = cores(factors)
     for f, C in zip(factors, c.C):
         torch.testing.assert_close(c.Q_B @ C @ c.Q_A.mT, f.dense())
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_basis_has_one_part(space):
+    factors = draw([3, 5, 2])
+    basis = SPACES[space](factors)
+    (part,) = basis.parts(factors, [1.0, 0.5, -2.0])
+    assert part.name == "" and list(part.weights) == [1.0, 0.5, -2.0]
+    for f, M in zip(factors, part.factors):
+        assert relative_error(dense(basis.joined([M.dense()])), f.dense().double()) < 1e-6
+    assert [*basis.sides().values()] == [side for side in basis if side is not None]
+
+
+def test_factors_are_two_parts_whose_weights_multiply_to_an_adapters_weight():
+    given, weights = draw([3, 5, 2]), [1.0, 0.25, -4.0]
+    B, A = Factors().parts(given, weights)
+    assert (B.name, A.name) == ("B", "A")
+    for f, b, a, root, signed, weight in zip(given, B.factors, A.factors, B.weights, A.weights, weights):
+        assert root * signed == weight and root > 0
+        padded = f.padded(5)
+        assert torch.equal(b.dense(), padded.B) and torch.equal(a.dense(), padded.A)
+        update = Factors().joined([root * b.dense(), signed * a.dense()])
+        assert relative_error(update.dense(), weight * f.dense()) < 1e-6
+    assert Factors().sides() == {}

@@ -43,7 +43,9 @@ def check_config(config: Mapping[str, Any], keys: type[BaseModel], directory: Pa
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:200]
-        message = f"{where} is {str(first['input'])[:80]}: {first['msg']}" if first["type"] != "missing" else where
+        message = (
+            f"{where} is {str(first['input'])[:80]}: {first['msg']}" if first["type"] != "missing" else where
+        )
         raise InputError(
             f"{directory / CONFIG_FILE}: {'no ' if first['type'] == 'missing' else ''}{message}; save the adapter again"
         ) from error

@@ -5,30 +5,33 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_tspa.rules.update_statistics import Positions
+
 Blocks = Callable[[], Iterable[tuple[Sequence[int], Tensor]]]
 _HIGH = 1 << 16
 
 
-def order_statistics(blocks: Blocks, positions: Callable[[int], Sequence[int]]) -> Tensor:
+def order_statistics(blocks: Blocks, positions: Positions) -> Tensor:
     """Values at the given positions of each stream's ascending order.
 
-    A radix selection in two passes: float32 bit patterns, made monotone, are counted by their upper 16 bits, then
-    by the lower 16 bits inside the bins that hold the wanted positions.  Needs a histogram per stream and nothing
-    else, whatever the length.
+    A radix selection in two passes: float32 bit patterns, made monotone, are counted by their upper 16
+    bits, then by the lower 16 bits inside the bins that hold the wanted positions.  It needs a histogram
+    per stream and nothing else, whatever the length.
 
     Args:
-        blocks: called once per pass; yields the numbers of streams and the next values of each of them, float32
-            # (m,), (m, ...)
-        positions: from the length of a stream to the wanted positions, counted from 0
+        blocks: called once per pass; yields the numbers of streams and the next values of each of them,
+            float32  # (m,), (m, ...)
+        positions: from the length of a stream to the k wanted positions, counted from 0
 
     Returns:
-        (streams, positions), float32
+        (streams, k), float32
     """
     high: dict[int, Tensor] = {}
     for s, key in _keys(blocks):
         counts = torch.bincount((key >> 16) + _HIGH // 2, minlength=_HIGH)
         high[s] = high[s] + counts if s in high else counts
-    wanted, low = {}, {}
+    wanted: dict[int, tuple[Tensor, Tensor]] = {}
+    low: dict[int, Tensor] = {}
     for s, counts in high.items():
         ends = counts.cumsum(0)
         at = torch.tensor(positions(int(ends[-1])), device=counts.device)

@@ -1,0 +1,29 @@
+"""What a rule needs of a space: n matrices to compare, and the way back to an update."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from mergekit_tspa.updates import LoraFactors
+
+
+class Part(NamedTuple):
+    """n matrices of one shape, as factors `M_t = B_t A_t`, and how much each counts."""
+
+    name: str  # tells the parts of a space apart; empty if there is one
+    factors: Sequence[LoraFactors]
+    weights: Sequence[float]
+
+
+class Coordinates(Protocol):
+    """Coordinates of the updates of one tensor.  A rule merges each of their parts apart."""
+
+    def parts(self, factors: Sequence[LoraFactors], weights: Sequence[float]) -> list[Part]:
+        """The updates in these coordinates."""
+
+    def joined(self, merged: Sequence[Tensor]) -> LoraFactors | Tensor:
+        """The update whose parts are these; as a matrix where it has no factors."""
+
+    def sides(self) -> dict[str, Tensor]:
+        """The bases that `joined` uses, by their names, for an update that is joined later."""
