@@ -75,22 +75,22 @@ def _plan_pair(name, weight_x, weight_y, roles, owner, planned, shapes, geometry
         for (adapter, _), weight in zip(plan.sources, plan.weights) if plan else ():
             adapters.setdefault(adapter, weight)
 
-    def side(role: str, weight: str) -> PairSide:
-        modules = dict(planned[weight].sources) if weight in planned else {}
-        bias = weight.removesuffix("weight") + "bias"
-        _check_width(role, weight, shapes[weight], geometry)
+    def side(role: str, tensor: str) -> PairSide:
+        plan = planned.get(tensor)
+        modules = dict(plan.sources) if plan else {}
+        weights = {adapter: a for (adapter, _), a in zip(plan.sources, plan.weights)} if plan else {}
+        bias = tensor.removesuffix("weight") + "bias"
+        _check_width(role, tensor, shapes[tensor], geometry)
         return PairSide(
-            role, weight, bias if role != "o" and bias in shapes else None, tuple(map(modules.get, adapters))
+            role,
+            tensor,
+            bias if role != "o" and bias in shapes else None,
+            modules=tuple(modules.get(adapter) for adapter in adapters),
+            weights=tuple(weights.get(adapter, a) for adapter, a in adapters.items()),
         )
 
-    pair = PairPlan(
-        name,
-        *map(side, roles, (weight_x, weight_y)),
-        (*adapters,),
-        (*adapters.values(),),
-        geometry,
-        owner.parameters,
-    )
+    x, y = (side(role, tensor) for role, tensor in zip(roles, (weight_x, weight_y)))
+    pair = PairPlan(name, x, y, tuple(adapters), tuple(adapters.values()), geometry, owner.parameters)
     if roles[0] == "q" and getattr(pair.parameters, "rope_safe", False) and geometry.rotary_dim is None:
         raise InputError(
             f"{name}: rope_safe is not known for this model's interleaved rotary embedding; leave it out"
@@ -153,11 +153,13 @@ def _part(geometry: AttentionGeometry, role: str, W: Tensor) -> Tensor:
 
 
 def _stacked(pair: PairPlan, side: PairSide, W: Tensor | None, device) -> tuple[Tensor, Tensor]:
-    """All adapters' factors of one side, B (n, d_out, r) and A (n, r, d_in), zero where there is none."""
+    """All weighted adapters' factors of one side, B (n, d_out, r) and A (n, r, d_in), zero where there is none."""
     g = pair.geometry
     loaded = [
-        oriented(g, adapter.factors(module, device=device)) if module else None
-        for adapter, module in zip(pair.adapters, side.modules)
+        oriented(g, adapter.factors(module, device=device).scaled(1.0 if pair.literal else weight))
+        if module
+        else None
+        for adapter, module, weight in zip(pair.adapters, side.modules, side.weights)
     ]
     loaded = [f and LoraFactors(_part(g, side.role, f.B), f.A) for f in loaded]
     rank = max((f.rank for f in loaded if f), default=0)

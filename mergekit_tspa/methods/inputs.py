@@ -103,6 +103,7 @@ class PairSide(NamedTuple):
     tensor: str
     bias: str | None
     modules: tuple[str | None, ...]  # per adapter
+    weights: tuple[float, ...]  # a_t of each adapter in this tensor, that of the pair where it has no module
 
 
 class PairPlan(NamedTuple):
@@ -115,6 +116,11 @@ class PairPlan(NamedTuple):
     weights: tuple[float, ...]
     geometry: AttentionGeometry
     parameters: Parameters
+
+    @property
+    def literal(self) -> bool:
+        """Whether weights come in as the paper prints them, not as multiples of the updates."""
+        return getattr(self.parameters, "coefficients", "linear") == "paper"
 
     @property
     def block(self) -> str:

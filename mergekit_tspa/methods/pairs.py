@@ -1,6 +1,7 @@
 """Stage 1 of TSPA for all attention pairs of a chunk: query and key, or output and value, of one block."""
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from mergekit_tspa.alignment.pairwise import align_pairwise
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.inputs import Pair, PairPlan, PairSide, TensorInputs
+from mergekit_tspa.methods.inputs import Pair, PairPlan, PairSide, Progress, TensorInputs
 from mergekit_tspa.methods.report import Report
 from mergekit_tspa.updates import LoraFactors
 
@@ -18,12 +19,22 @@ def oriented(geometry: AttentionGeometry, f: LoraFactors) -> LoraFactors:
     return LoraFactors(f.A.mT, f.B.mT) if geometry.transposed else f
 
 
+PartProgress: TypeAlias = Callable[[float, float], None]  # fraction done, fraction of the objective left
+Aligned: TypeAlias = tuple[Tensor, Tensor, Solution]  # inner factors of the sides x and y, one row per pair
+
+
 def align_pairs(
-    pairs: Sequence[Pair], inputs: Sequence[TensorInputs], progress: Callable[[str, float, float], None]
+    pairs: Sequence[Pair],
+    inputs: Sequence[TensorInputs],
+    progress: Progress,
+    solve: Callable[[Sequence[Pair], PartProgress], Aligned],
 ) -> tuple[list[TensorInputs], list[Report]]:
     """Stage 1 for all pairs; the inputs with their aligned factors, and what the solver did.
 
     Pairs of equal shapes and parameters are one batch.
+
+    Args:
+        solve: `solve_products` or `solve_pairwise`
     """
     aligned = {w.name: w._replace(factors=list(w.factors)) for w in inputs}
     reports = []
@@ -40,7 +51,7 @@ def align_pairs(
         what = f"{'query-key' if role == 'q' else 'value-output'} alignment"
         names = [pair.plan.name for pair in batch]
         try:
-            inner_x, inner_y, solution = _solve(
+            inner_x, inner_y, solution = solve(
                 batch, lambda done, left, what=what: progress(what, done, left)
             )
         except FloatingPointError as error:
@@ -56,31 +67,45 @@ def align_pairs(
     return list(aligned.values()), reports
 
 
-def _solve(
-    batch: Sequence[Pair], progress: Callable[[float, float], None]
-) -> tuple[Tensor, Tensor, Solution]:
+def solve_products(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
+    """Align the products of attention (Eq. 5-7)."""
     plan = batch[0].plan
     p = plan.parameters
-    common = {
-        "steps": p.attention_steps,
-        "lr": p.attention_lr,
-        "seed": p.seed,
-        "tolerance": p.tolerance,
-        "solver": p.solver,
-        "on_progress": progress,
-    }
-    sides = [
-        [SideGrams(*(t.double() for t in side)) for side in sides]
-        for sides in zip(*((b.x, b.y) for b in batch))
-    ]
-    if not hasattr(p, "align_space"):  # the pairwise original
-        return align_pairwise(*sides, **common)
-    weights = sides[0][0].K.new_tensor([pair.plan.weights for pair in batch])
+    sides = _sides(batch)
+    # Unless taken literally, weights are in the sides already.
+    weights = sides[0][0].K.new_tensor(
+        [pair.plan.weights if pair.plan.literal else [1.0] * len(pair.plan.weights) for pair in batch]
+    )
     problem = pair_problem(*sides, weights)
     # Folded in float64, where the targets cancel; float32 is enough for the steps.
     problem = type(problem)(*(t.to(batch[0].x.K.dtype) for t in problem))
     rope = p.rope_safe and plan.x.role == "q" and plan.geometry.rotary_dim != 0
-    return align_attention(problem, **common, rope_safe=rope, rotary_dim=plan.geometry.rotary_dim)
+    return align_attention(
+        problem, **_solver(p, progress), rope_safe=rope, rotary_dim=plan.geometry.rotary_dim
+    )
+
+
+def solve_pairwise(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
+    """Compare every two adapted models (Eq. 4)."""
+    return align_pairwise(*_sides(batch), **_solver(batch[0].plan.parameters, progress))
+
+
+def _sides(batch: Sequence[Pair]) -> tuple[list[SideGrams], list[SideGrams]]:
+    """All sides x and all sides y, in float64."""
+    x = [SideGrams(*(grams.double() for grams in pair.x)) for pair in batch]
+    y = [SideGrams(*(grams.double() for grams in pair.y)) for pair in batch]
+    return x, y
+
+
+def _solver(parameters: Any, progress: PartProgress) -> dict[str, Any]:
+    return {
+        "steps": parameters.attention_steps,
+        "lr": parameters.attention_lr,
+        "seed": parameters.seed,
+        "tolerance": parameters.tolerance,
+        "solver": parameters.solver,
+        "on_progress": progress,
+    }
 
 
 def _write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str, TensorInputs]) -> None:

@@ -15,7 +15,7 @@ from mergekit_tspa.alignment.lora import align_lora
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.inputs import Pair, Parameters, Progress, TensorInputs
 from mergekit_tspa.methods.method import LARGEST_RANK, Merged, Method
-from mergekit_tspa.methods.pairs import align_pairs
+from mergekit_tspa.methods.pairs import align_pairs, solve_pairwise, solve_products
 from mergekit_tspa.methods.report import Report
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.factor import encode
@@ -26,6 +26,10 @@ _RATE = {"gt": 0, "le": 1, "allow_inf_nan": False}
 
 
 class SolverParameters(Parameters):
+    coefficients: Literal["linear", "paper"] = Field(
+        "linear",
+        description="`weight` is a multiple of an adapter's update; or, as printed in the paper, of each of its factors",
+    )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need"
     )
@@ -76,6 +80,22 @@ def sum_aligned(
 ) -> LoraFactors:
     """`B' = sum_t a_t s_t B_t R_t`, `A' = sum_t (a_t / s_t) R_t^T A_t` (Eq. 8)."""
     return LoraFactors(weighted_sum(B @ R, weights * s), weighted_sum(R.mT @ A, weights / s))
+
+
+def weighted(inputs: Sequence[TensorInputs]) -> list[TensorInputs]:
+    """Updates times their weights, which are 1 from here on: each factor carries the square root.
+
+    So an adapter of weight w alone comes back as w times itself, and every target is one of weighted updates.  As the
+    paper prints it (`coefficients: paper`) each factor carries the whole weight and the targets none.
+    """
+    return [
+        w
+        if w.parameters.coefficients == "paper"
+        else w._replace(
+            factors=[f.scaled(a) for f, a in zip(w.factors, w.weights)], weights=[1.0] * len(w.weights)
+        )
+        for w in inputs
+    ]
 
 
 def sum_factors(inputs: Sequence[TensorInputs]) -> list[LowRank]:
@@ -147,19 +167,27 @@ def _inner(B: Tensor, C: Tensor) -> Tensor:
 
 def tspa(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
     """Both stages."""
-    aligned, reports = align_pairs(pairs, inputs, progress)
+    inputs = weighted(inputs)
+    aligned, reports = align_pairs(pairs, inputs, progress, solve_products)
     updates, more = align_tensors(aligned, inputs, progress)
     return Merged(updates, reports + more)
 
 
 def tspa_attention(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
-    """Stage 1 alone (also of the pairwise original); weights outside attention get the plain factor sum."""
-    aligned, reports = align_pairs(pairs, inputs, progress)
+    """Stage 1 alone; tensors outside attention get the plain factor sum."""
+    aligned, reports = align_pairs(pairs, weighted(inputs), progress, solve_products)
+    return Merged(sum_factors(aligned), reports)
+
+
+def tspa_pairwise(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+    """The original of stage 1, whose cost is quadratic in the number of adapters."""
+    aligned, reports = align_pairs(pairs, weighted(inputs), progress, solve_pairwise)
     return Merged(sum_factors(aligned), reports)
 
 
 def tspa_lora(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
     """Stage 2 alone."""
+    inputs = weighted(inputs)
     return Merged(*align_tensors(inputs, inputs, progress))
 
 
@@ -202,7 +230,7 @@ TSPA_METHODS = (
         name="tspa_pairwise",
         title="TSPA, pairwise original",
         summary="every two adapted attention blocks compared (quadratic), factors summed; for comparison",
-        merge=tspa_attention,
+        merge=tspa_pairwise,
         parameters=PairParameters,
         attention=True,
         **_PAPER,

@@ -19,9 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from mergekit_tspa import AttentionGeometry, InputError, merge_adapters, read_adapter
+from mergekit_tspa import METHODS, AttentionGeometry, InputError, merge_adapters, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
-from tests.conftest import relative_error, save_adapter, save_llama
+from tests.conftest import merged_tensors, recipe, relative_error, save_adapter, save_llama
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -121,9 +121,15 @@ def apply(base, updates):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt", "gpt2", "neox", "phi3", "bert"])
-@pytest.mark.parametrize("modules", ["all", "first"])
-def test_reported_objective_is_the_distance_of_the_written_model(architecture, modules, gpt2, tmp_path):
+@pytest.mark.parametrize(
+    ("modules", "coefficients"), [("all", "linear"), ("all", "paper"), ("first", "linear")]
+)
+def test_reported_objective_is_the_distance_of_the_written_model(
+    architecture, modules, coefficients, gpt2, tmp_path
+):
     """The merged model is index 0 of Eq. 6-7, so its dense distance to the mean of the adapters is the reported end.
+
+    The adapters are weighted ones, unless the paper is taken literally.
 
     All heads, groups, fused layouts, biases, mixed ranks and unequal weights go through here.
     """
@@ -142,12 +148,16 @@ def test_reported_objective_is_the_distance_of_the_written_model(architecture, m
         for i, r in enumerate((3, 2, 4))
     ]
     base = dict(Checkpoint(path))
-    singles = [apply(base, merge_adapters("lora_task_arithmetic", [a], base=path)) for a in adapters]
+    weights = [1.0, 0.6, 0.8]
+    targets = weights if coefficients == "linear" else [1.0] * 3
+    singles = [
+        apply(base, merge_adapters("lora_task_arithmetic", [a], [w], base=path))
+        for a, w in zip(adapters, targets)
+    ]
     ends = {}
     for steps in (1, 40):
-        updates = merge_adapters(
-            "tspa_attention", adapters, [1.0, 0.6, 0.8], base=path, attention_steps=steps
-        )
+        options = {"attention_steps": steps, "coefficients": coefficients}
+        updates = merge_adapters("tspa_attention", adapters, weights, base=path, **options)
         merged = apply(base, updates)
         for layer in range(2):
             for report in updates.reports:
@@ -194,6 +204,35 @@ def test_one_adapter_comes_back_as_itself(llama, three):
         updates = merge_adapters(method, three[:1], base=llama, attention_steps=10)
         for module, update in updates.items():
             assert relative_error(update.dense(), read_adapter(three[0]).factors(module).dense()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["tspa", "tspa_attention", "tspa_lora", "tspa_pairwise"])
+@pytest.mark.parametrize("weight", [0.3, 2.0])
+def test_weight_is_linear(method, weight, llama, three):
+    """One adapter of weight w comes back as w times itself; as the paper prints it, its factors carry w each."""
+    steps = {"attention_steps": 10, "lora_steps": 20}
+    steps = {name: steps[name] for name in steps if name in METHODS[method].parameter_fields()}
+    for module, update in merge_adapters(method, three[:1], [weight], base=llama, **steps).items():
+        own = read_adapter(three[0]).factors(module).dense()
+        assert relative_error(update.dense(), weight * own) < 1e-5, module
+    # The plain sum of factors, without a step that could turn them.
+    steps = dict.fromkeys(steps, 0) | {"coefficients": "paper"}
+    for module, update in merge_adapters(method, three[:1], [weight], base=llama, **steps).items():
+        own = read_adapter(three[0]).factors(module).dense()
+        assert relative_error(update.dense(), weight**2 * own) < 1e-5, module
+
+
+def test_sides_of_a_pair_with_weights_of_their_own(llama, three, tmp_path):
+    """A weight that a filter changes for one side of a pair is a multiple of the update there."""
+    by_tensor = [{"filter": "q_proj", "value": 0.5}, {"filter": "v_proj", "value": 2.0}, {"value": 1.0}]
+    config = recipe("tspa_attention", llama, three[:1], [by_tensor], parameters={"attention_steps": 5})
+    merged = merged_tensors(config, tmp_path / "out")
+    base = dict(Checkpoint(llama))
+    for module in read_adapter(three[0]).modules:
+        multiple = 0.5 if "q_proj" in module else 2.0 if "v_proj" in module else 1.0
+        own = read_adapter(three[0]).factors(module).dense()
+        difference = merged[f"{module}.weight"] - base[f"{module}.weight"]
+        assert relative_error(difference, multiple * own) < 1e-4, module
 
 
 def test_lora_target(llama, three):
