@@ -1,6 +1,7 @@
 """Rules in spaces: what holds for every combination, and what is asked of a merge as a whole."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -234,6 +235,23 @@ def test_bad_input():
     ]:
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    "method, name, hint",
+    [
+        ("core_tsv", "normalize", "normalize is a parameter of core_ties, core_dare_ties, core_della"),
+        ("core_tsv", "normalise", "normalize is a parameter of core_ties, core_dare_ties, core_della"),
+        ("core_tsv", "orthogonalise", "did you mean orthogonalize?"),
+        ("knots_ties", "lamda", "did you mean lambda?"),
+        ("rotation", "clusters", "clusters is a parameter of lora_lego"),
+        ("rotation", "density", "density is a parameter of robustmerge, robustmerge_code, lora_ties"),
+        ("lora_mean", "zzz", "it has weight, lambda"),
+    ],
+)
+def test_a_hint_is_a_misspelling_or_names_the_methods_that_have_it(method, name, hint):
+    with pytest.raises(InputError, match=re.escape(f"{method} has no parameter {name!r}; {hint}")):
+        merge_adapters(method, draw([3]), **{name: 1})
 
 
 def test_weights_of_both_signs_are_explained(caplog):
