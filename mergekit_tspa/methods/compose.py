@@ -69,12 +69,29 @@ def _merge_entrywise(space: Space, rule: Rule, kind: Entrywise, w: TensorInputs)
     coordinates = space.coordinates(w.factors, w.parameters)
     merged = []
     for part in coordinates.parts(w.factors, w.weights):
+        p, q = part.factors[0].shape
+        part = _counted(space, part, w.factors)
         statistics = _statistics(kind.statistics, rule, w, part) if kind.statistics else None
         names = [adapter.name for adapter in w.adapters] if kind.random else []
         generators = [w.generator(w.parameters.seed, part.name, name) for name in names]
         own = rule.own(w.parameters)
-        merged.append(merge_rows(kind, part.factors, part.weights, own, statistics, generators))
+        rows = merge_rows(kind, part.factors, part.weights, own, statistics, generators)
+        merged.append(rows[:p, :q])
     return _update(coordinates.joined(merged), like=w.factors[0])
+
+
+def _counted(space: Space, part: Part, factors: Sequence[LoraFactors]) -> Part:
+    """The entries that a rule counts, zeros among them where the space has such.
+
+    The published code of Core Space keeps `min(d, R)` directions of a side, `R = sum_t r_t`, also where the
+    adapters share directions.  The coordinates along those that they do not have are zero.  Our basis leaves
+    these directions out, so the zeros come back here, for the rules that take shares of all entries.
+    """
+    if not space.counts_zeros:
+        return part
+    d_out, d_in = factors[0].shape
+    total = sum(f.rank for f in factors)
+    return part.padded(min(d_out, total), min(d_in, total))
 
 
 def _statistics(wanted: Statistics, rule: Rule, w: TensorInputs, part: Part) -> Tensor:
@@ -95,7 +112,7 @@ def record_in_space(space: Space, rule: Rule, wanted: Statistics, w: TensorInput
     """What is written of a tensor beside the model: masks and scales, and the bases they belong to."""
     coordinates = space.coordinates(w.factors, w.parameters)
     (part,) = coordinates.parts(w.factors, w.weights)
-    scale = _statistics(wanted, rule, w, part)[:, 0] * w.parameters.lambda_
+    scale = _statistics(wanted, rule, w, _counted(space, part, w.factors))[:, 0] * w.parameters.lambda_
     kept = record(part.factors, scale.new_tensor(part.weights), scale)
     return kept | {name: side.float() for name, side in coordinates.sides().items()}
 
@@ -112,6 +129,7 @@ def survey_model(
     def tensors() -> Iterator[Products]:
         for w in inputs():
             (part,) = space.coordinates(w.factors, w.parameters).parts(w.factors, w.weights)
+            part = _counted(space, part, w.factors)
             numbers = [number.setdefault(a, len(number)) for a in w.adapters]
             yield Products(numbers, part.factors, part.weights)
 

@@ -116,9 +116,21 @@ class Method:
         return {field.alias or name: field for name, field in self.parameters.model_fields.items()}
 
     def unknown_parameter(self, name: str) -> str:
+        """That there is none of this name: what it may be a misspelling of, or whose parameter it is."""
+        from mergekit_tspa.methods import METHODS  # which are made of this class
+
         known = ["weight", *self.parameter_fields()]
-        near = nearest(name, known)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+        every = {field: None for method in METHODS.values() for field in method.parameter_fields()}
+        near = nearest(name, [*known, *every])
+        if not near:
+            hint = f"it has {', '.join(known)}"
+        elif near[0] in known:
+            hint = f"did you mean {near[0]}?"
+        else:
+            owners = [method.name for method in METHODS.values() if near[0] in method.parameter_fields()]
+            family = self.name.split("_")[0] + "_"
+            kin = [owner for owner in owners if owner.startswith(family)] or owners
+            hint = f"{near[0]} is a parameter of {', '.join(kin[:4])}{' and others' if len(kin) > 4 else ''}"
         return f"{self.name} has no parameter {name!r}; {hint}"
 
 

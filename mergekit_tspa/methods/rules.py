@@ -32,7 +32,10 @@ class Election(OneByOneParameters):
 
 class Random(OneByOneParameters):
     density: float = Field(0.5, gt=0, le=1, description="probability with which an entry is kept")
-    rescale: bool = Field(True, description="divide what is kept by its probability")
+    rescale: bool = Field(
+        True,
+        description="divide what is kept by its probability, as PEFT does from 0.19 on; false: as before",
+    )
     seed: int = Field(42, ge=0, lt=2**63, description="seed of the draws, which also depend on the names")
 
 

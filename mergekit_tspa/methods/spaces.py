@@ -51,6 +51,9 @@ class Space:
     takes: Callable[[Rule], bool] = lambda rule: True
     scoped: bool = True  # one part, whose statistics can be taken over the whole model
     equal_ranks: bool = False  # needed of all adapters of a tensor
+    counts_zeros: bool = (
+        False  # rules count entries as if the adapters shared no directions; the rest are zeros
+    )
     defaults: Mapping[str, Any] = field(default_factory=dict)  # where they differ from a rule's own
     remark: str = ""  # on a method's summary, with its rule's name in the braces
 
@@ -88,6 +91,7 @@ UPDATE_SPACES = (
         coordinates=lambda factors, p: core(factors, p.balance),
         result=SUM_OF_RANKS,
         parameters=CoreParameters,
+        counts_zeros=True,
     ),
     Space(
         name="ctm",

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_tspa.methods.inputs import OneByOneParameters
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods.inputs import OneByOneParameters, Planned
 from mergekit_tspa.methods.method import Method, ResultRank, one_by_one
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.cores import cores
@@ -96,6 +97,25 @@ def choose(U: Tensor, S: Tensor, c: int, select: Select) -> list[int]:
     return rows[:c]
 
 
+def _check_size(plans: Sequence[Planned]) -> None:
+    """Refuse more directions, rows or columns than any tensor has; smaller ones among them take what they have."""
+    for name, what in (("k", "shared singular directions"), ("c", "rows and columns")):
+        asked = [plan for plan in plans if getattr(plan.parameters, name) is not None]
+        if not asked:
+            continue
+        value, largest = min(getattr(plan.parameters, name) for plan in asked), max(asked, key=_room)
+        if value > _room(largest):
+            raise InputError(
+                f"{name} {value}: the adapters have {_room(largest)} {what} for a tensor at most "
+                f"({largest.name}); ask for no more, or leave it out"
+            )
+
+
+def _room(plan: Planned) -> int:
+    """The largest rank that the stacked updates of a tensor can have."""
+    return min(*plan.shape, sum(plan.ranks))
+
+
 K_AND_ROWS = ResultRank("k + n c", lambda ranks, p: sum(ranks), exact=False)
 svd_cur_method = Method(
     name="svd_cur",
@@ -106,4 +126,5 @@ svd_cur_method = Method(
     result=K_AND_ROWS,
     merge=one_by_one(lambda w: svd_cur(w.factors, w.weights, **w.parameters.own())),
     parameters=SvdCurParameters,
+    check=_check_size,
 )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_tspa.updates import LoraFactors
 
@@ -14,6 +15,15 @@ class Part(NamedTuple):
     name: str  # tells the parts of a space apart; empty if there is one
     factors: Sequence[LoraFactors]
     weights: Sequence[float]
+
+    def padded(self, p: int, q: int) -> "Part":
+        """The same matrices with rows and columns of zeros up to `(p, q)`, if they are smaller."""
+        rows, columns = self.factors[0].shape
+        if (rows, columns) == (p, q):
+            return self
+        below, beside = (0, 0, 0, p - rows), (0, q - columns)
+        padded = [LoraFactors(pad(f.B, below), pad(f.A, beside)) for f in self.factors]
+        return self._replace(factors=padded)
 
 
 class Coordinates(Protocol):

@@ -8,14 +8,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mergekit_tspa import LoraFactors, merge_adapters
+from mergekit_tspa import METHODS, LoraFactors, merge_adapters
 from mergekit_tspa.rules.dare import dare_linear, dare_ties
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.rules.spectral import iso, tsv
 from mergekit_tspa.spaces.basis import FULL
 from mergekit_tspa.spaces.core import core
 from mergekit_tspa.spaces.knots import knots
-from tests.conftest import FIXTURES, relative_error
+from tests.conftest import FIXTURES, ROOT, relative_error
 
 LAYERS = ("l0", "l1")
 ELEMENTWISE, WITH_SVD = 1e-5, 1e-4
@@ -230,7 +230,6 @@ def signs_are_certain(given):
 @pytest.mark.parametrize("case", ["hom8", "het"])
 def test_emr_masks_and_scales(case):
     """The authors' scale is a ratio of sums over tensors, so it is the same for all of them."""
-    from mergekit_tspa.methods import METHODS
     from mergekit_tspa.methods.emr_records import task_update, unpack_bits
     from mergekit_tspa.methods.inputs import TensorInputs
 
@@ -264,3 +263,25 @@ def test_full_space_tsv_is_undetermined_and_ours_is_not():
     cut = sum((u[:, :12] * s[:12]) @ v[:12] for u, s, v in (torch.linalg.svd(M) for M in stack(given)))
     assert relative_error(tsv(stack(given), ones, 12, orthogonalize=False), cut) < 1e-10
     assert relative_error(weighted_sum(stack(given), ones), cut) > 1e-2
+
+
+@pytest.mark.parametrize("combination", ["dare_linear", "dare_ties"])
+def test_dare_of_factors_equals_the_installed_peft(combination, monkeypatch):
+    """With PEFT's own draws.  It rescales from 0.19 on, which the parameter's description and the page say."""
+    import peft
+    from packaging.version import Version
+    from peft.utils import merge_utils
+
+    updates = [f.B for f in factors("hom8", "l0")]
+    uniform = torch.rand(4, *updates[0].shape, generator=torch.Generator().manual_seed(0))
+    kept = iter((uniform < 0.3).float())
+    monkeypatch.setattr(torch, "bernoulli", lambda _: next(kept))
+    want = getattr(merge_utils, combination)(updates, torch.ones(4), 0.3)
+    rule = {"dare_linear": dare_linear, "dare_ties": dare_ties}[combination]
+    rescale = Version(peft.__version__) >= Version("0.19")
+    merged = rule(torch.stack(updates), torch.ones(4), 0.3, rescale, uniform=uniform)
+    assert relative_error(merged, want) < ELEMENTWISE
+
+    described = METHODS[f"factor_{combination}"].parameter_fields()["rescale"].description
+    assert "from 0.19 on" in described
+    assert "0.19 and later" in (ROOT / "docs/pruning.md").read_text()

@@ -1,6 +1,7 @@
 """Rules in spaces: what holds for every combination, and what is asked of a merge as a whole."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from mergekit_tspa.commands.main import main
 from mergekit_tspa.methods.rules import RULES
 from mergekit_tspa.methods.spaces import FACTOR_SPACE, UPDATE_SPACES
 from mergekit_tspa.rules import stream
+from mergekit_tspa.rules.breadcrumbs import breadcrumbs
+from mergekit_tspa.rules.pcb import pcb
+from mergekit_tspa.rules.prune import magnitude_prune
+from mergekit_tspa.spaces.core import core
 from tests.conftest import merge, recipe, relative_error, run, save_adapter
 
 LOSSLESS = ("lora", "knots", "core")
@@ -233,6 +238,23 @@ def test_bad_input():
             call()
 
 
+@pytest.mark.parametrize(
+    "method, name, hint",
+    [
+        ("core_tsv", "normalize", "normalize is a parameter of core_ties, core_dare_ties, core_della"),
+        ("core_tsv", "normalise", "normalize is a parameter of core_ties, core_dare_ties, core_della"),
+        ("core_tsv", "orthogonalise", "did you mean orthogonalize?"),
+        ("knots_ties", "lamda", "did you mean lambda?"),
+        ("rotation", "clusters", "clusters is a parameter of lora_lego"),
+        ("rotation", "density", "density is a parameter of robustmerge, robustmerge_code, lora_ties"),
+        ("lora_mean", "zzz", "it has weight, lambda"),
+    ],
+)
+def test_a_hint_is_a_misspelling_or_names_the_methods_that_have_it(method, name, hint):
+    with pytest.raises(InputError, match=re.escape(f"{method} has no parameter {name!r}; {hint}")):
+        merge_adapters(method, draw([3]), **{name: 1})
+
+
 def test_weights_of_both_signs_are_explained(caplog):
     f, g = draw([3, 2])
     merge_adapters("lora_ties", [f, g], [1.0, -0.5])
@@ -352,3 +374,81 @@ def test_scope_model_refuses_parameters_that_vary(llama, adapters, tmp_path):
     varying = {"scope": "model", "density": [{"filter": "q_proj", "value": 0.5}, {"value": 0.2}]}
     result = merge(recipe("lora_ties", llama, adapters, parameters=varying), tmp_path / "out")
     assert result.exit_code == 1 and "needs the same parameters for all weights" in result.output
+
+
+def half_shared(n=3, rank=4, d_out=20, d_in=14):
+    """Adapters that share half of their row spaces and half of their column spaces."""
+    common, own = draw([rank // 2], 50, d_out, d_in)[0]["m"], draw([rank - rank // 2] * n, 51, d_out, d_in)
+    mixed = draw([rank] * 2 * n, 52, rank, rank)
+    return [
+        LoraFactors(
+            torch.cat([common.B, f["m"].B], dim=1) @ mixed[2 * t]["m"].B,
+            mixed[2 * t + 1]["m"].A @ torch.cat([common.A, f["m"].A]),
+        )
+        for t, f in enumerate(own)
+    ]
+
+
+def published_core_space(factors):
+    """`(U, [U^T B_t A_t V], V^T)` with all `min(d, R)` singular vectors of each side, as the authors' code takes them."""
+    U = torch.linalg.svd(torch.cat([f.B for f in factors], dim=1).double(), full_matrices=False).U
+    Vh = torch.linalg.svd(torch.cat([f.A for f in factors]).double(), full_matrices=False).Vh
+    return U, torch.stack([U.mT @ f.B.double() @ f.A.double() @ Vh.mT for f in factors]), Vh
+
+
+def published_knots(factors):
+    """`(U, [S V_t^T], 1)` without the directions whose singular value is not above 1e-5, as the authors' code has it."""
+    wide = torch.cat([f.dense() for f in factors], dim=1).double()
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=False)
+    kept = S > 1e-5
+    M = (S[kept, None] * Vh[kept]).chunk(len(factors), dim=1)
+    return U[:, kept], torch.stack(M), torch.eye(factors[0].shape[1]).double()
+
+
+def published_ties(M, density):
+    """Thresholds by `kthvalue` of the flattened entries, signs of the sums, means of what agrees."""
+    flat = M.flatten(1)
+    d = flat.shape[1]
+    kept = flat * (flat.abs() >= flat.abs().kthvalue(d - int(d * density), dim=1, keepdim=True).values)
+    sign = kept.sum(0).sign()
+    chosen = kept * ((kept.sign() == sign) & (kept != 0))
+    return (chosen.sum(0) / (chosen != 0).sum(0).clamp(min=1)).view_as(M[0])
+
+
+@pytest.mark.parametrize("d_out, d_in", [(20, 14), (11, 30)])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("space", ["core", "knots"])
+def test_density_counts_what_the_published_code_counts(space, scope, d_out, d_in):
+    """Zeros count in Core Space, up to the smaller of a side and the summed rank (12), and not in KnOTS."""
+    factors = half_shared(d_out=d_out, d_in=d_in)
+    U, M, Vh = {"core": published_core_space, "knots": published_knots}[space](factors)
+    for density in (0.1, 0.2, 0.4):
+        want = U @ published_ties(M, density) @ Vh
+        got = dense(f"{space}_ties", [{"m": f} for f in factors], density=density, scope=scope)
+        assert relative_error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize("rule", ["magnitude_prune", "breadcrumbs", "pcb"])
+def test_statistics_of_core_space_count_zeros(rule):
+    """Every rule that takes shares of the entries takes them of `12 x 12`, where the updates fill `8 x 8`."""
+    factors = half_shared()
+    basis = core(factors)
+    M = torch.stack([f.dense() for f in basis.encode(factors)]).float()
+    assert M.shape == (3, 8, 8)
+    merge = {"magnitude_prune": magnitude_prune, "breadcrumbs": breadcrumbs, "pcb": pcb}[rule]
+    merged = merge(torch.nn.functional.pad(M, (0, 4, 0, 4)), torch.ones(3))[:8, :8]
+    got = dense(f"core_{rule}", [{"m": f} for f in factors])
+    assert relative_error(got, basis.decode(merged).dense()) < 1e-5
+    assert relative_error(got, basis.decode(merge(M, torch.ones(3))).dense()) > 1e-2
+
+
+def test_adapters_in_general_position_have_no_zeros_to_count():
+    adapters = draw([3, 5, 2])
+    factors = [a["m"] for a in adapters]
+    basis = core(factors)
+    M = torch.stack([f.dense() for f in basis.encode(factors)]).float()
+    merged = magnitude_prune(M, torch.ones(3), 0.3)
+    assert torch.equal(
+        dense("core_magnitude_prune", adapters, density=0.3).float(),
+        basis.decode(merged).to(torch.float32).dense(),
+    )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_tspa import LoraFactors
+from mergekit_tspa import InputError, LoraFactors, merge_adapters
 from mergekit_tspa.methods.svd_cur import choose, cur, svd_cur
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
 from tests.conftest import relative_error
@@ -121,3 +121,12 @@ def test_equal_adapters_share_everything():
     (f,) = random_factors([3])
     merged = svd_cur([f] * 4, [1.0] * 4)
     assert merged.rank <= 3 + 4 and relative_error(merged.dense(), f.dense()) < 1e-12
+
+
+@pytest.mark.parametrize("name, what", [("k", "shared singular directions"), ("c", "rows and columns")])
+def test_more_than_any_tensor_has_is_refused(name, what):
+    f, g = random_factors([3, 2])
+    adapters = [{"m": f, "n": f}, {"m": g}]
+    assert merge_adapters("svd_cur", adapters, **{name: 5})["n"].rank == 3  # the other one has fewer
+    with pytest.raises(InputError, match=f"{name} 5000: the adapters have 5 {what} for a tensor at most"):
+        merge_adapters("svd_cur", adapters, **{name: 5000})
