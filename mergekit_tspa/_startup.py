@@ -1,4 +1,4 @@
-"""Post-import hooks on four mergekit modules; standard library only.
+"""Post-import hooks on five mergekit modules; standard library only.
 
 torch calls `install` at the end of `import torch` (entry-point group `torch.backends`), before mergekit's
 merge methods are imported.  `install` puts one finder on `sys.meta_path`; when one of the modules below is
@@ -18,7 +18,13 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_HOOKED = ("mergekit.merge_methods.registry", "mergekit.merge", "mergekit.plan", "mergekit.evo.genome")
+_HOOKED = (
+    "mergekit.config",
+    "mergekit.merge_methods.registry",
+    "mergekit.merge",
+    "mergekit.plan",
+    "mergekit.evo.genome",
+)
 
 
 def _extend(module: ModuleType) -> None:

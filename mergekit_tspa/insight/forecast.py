@@ -1,7 +1,6 @@
 """What a planned merge would write and take, and what is worth a warning before it starts (`mergekit-tspa check`)."""
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import PurePath
 from typing import NamedTuple
 
 from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, LoraModule
+from mergekit_tspa.merging.bases import other_base
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.plan import Chunk, MergePlan
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
@@ -62,8 +62,8 @@ class SeenAdapter(NamedTuple):
         if zeros := [name for name, norm in self.norms.items() if not norm]:
             tail = "; it takes no part there" if method.drops_zeros else ""
             yield f"{adapter.name}: its update of {len(zeros)} weights is zero, {zeros[0]} among them{tail}"
-        if adapter.base and base and _last(adapter.base) != _last(base):
-            yield f"{adapter.name}: it says that it was trained on {adapter.base}, and the recipe merges on {base}"
+        if said := other_base(adapter, base):
+            yield said
 
     def row(self, weight: str, median: float) -> list[str]:
         """Cells of the table of adapters: kind, rank, modules, dtype, norm, weight, base."""
@@ -220,7 +220,3 @@ def size(nbytes: int) -> str:
         ((2**n, name) for n, name in ((30, "GiB"), (20, "MiB")) if nbytes >= 2**n), (2**10, "KiB")
     )
     return f"{nbytes / unit:.1f} {name}"
-
-
-def _last(path: str) -> str:
-    return os.path.basename(os.path.realpath(path) if os.path.exists(path) else path.rstrip("/")).lower()

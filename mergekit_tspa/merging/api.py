@@ -20,6 +20,7 @@ from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.finish import MergedUpdate, finish
+from mergekit_tspa.merging.bases import warn_of_different_bases, warn_of_other_bases
 from mergekit_tspa.merging.merge import log_merge, merge_plan
 from mergekit_tspa.merging.outputs import Wanted
 from mergekit_tspa.merging.plan import MergePlan, plan_merge
@@ -92,6 +93,7 @@ def merge_adapters(
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)
+    named = None if base is None or isinstance(base, Mapping) else os.fspath(base)
     if base is not None and not isinstance(base, Mapping):
         base = Checkpoint(base)
 
@@ -100,6 +102,10 @@ def merge_adapters(
     loaded, touched = zip(
         *(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters))
     )
+    if named is None:
+        warn_of_different_bases(loaded)
+    else:
+        warn_of_other_bases(loaded, named)
     plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry)
     updates, reports = merge_plan(plan, device, progress)
     log_merge([], loaded)

@@ -22,6 +22,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from pydantic_core import core_schema
+
 from mergekit_tspa.errors import InputError
 
 if TYPE_CHECKING:
@@ -279,6 +281,23 @@ REGISTERED = Needed("mergekit.merge_methods.registry", "_METHODS", test=_is_mapp
 PLANNED = Needed("mergekit.plan", "MergePlanner", has="_tensors _tokenizer_task")
 READ = (ACCELERATOR_COUNT, RESOLVE_NAME, REGISTERED, PLANNED)
 
+# What holds models, parts before wholes: pydantic copies how a part is read and written into the whole.
+HOLD_MODELS = (
+    *(
+        Needed("mergekit.tokenizer.config", name, has=has)
+        for name, has in (
+            ("ModelTokenEmbedding", "model"),
+            ("TokenEmbeddingConfig", "source"),
+            ("TokenizerConfig", "source"),
+        )
+    ),
+    EXPORTS["InputSliceDefinition"],
+    EXPORTS["InputModelDefinition"],
+    EXPORTS["OutputSliceDefinition"],
+    EXPORTS["OutputModuleDefinition"],
+    EXPORTS["MergeConfiguration"],
+)
+
 # What the hooks surround.
 GENERATE_CARD = Needed("mergekit.merge", "generate_card", "config config_yaml name", exact=True)
 GET_ARCHITECTURE_INFO = Needed("mergekit.merge", "get_architecture_info", "config options", exact=True)
@@ -311,7 +330,7 @@ GENOME_NORMALIZE = Needed("mergekit.evo.genome", "ModelGenomeDefinition", has="n
 GENOME_CONFIG = Needed("mergekit.evo.genome", "ModelGenome.genotype_merge_config", "genotype", exact=True)
 GENOME = (GENOME_PARAMETERS, GENOME_NORMALIZE, GENOME_CONFIG)
 
-NEEDED = (*TAKEN, *READ, *HOOKED, *GENOME)
+NEEDED = (*TAKEN, *READ, *HOLD_MODELS[:3], *HOOKED, *GENOME)
 
 # Stock commands that `mergekit-tspa` offers with our methods loaded; looked at when one is asked for.
 STOCK_COMMANDS = {
@@ -390,6 +409,35 @@ if not TYPE_CHECKING:
             return EXPORTS[name].find()
         except (ImportError, AttributeError) as error:
             raise InputError(sentence([f"{EXPORTS[name].module}.{name}"])) from error
+
+
+def respell(
+    read_path: Callable[[Any], Any], read_reference: Callable[[Any], Any], written: Callable[..., Any]
+) -> None:
+    """Let functions of ours read models from recipes and write them, in everything that has models."""
+    path, reference = EXPORTS["ModelPath"].find(), EXPORTS["ModelReference"].find()
+
+    def reads_as(kept: Any) -> Callable[[str], bool]:
+        def reads(text: str) -> bool:
+            return bool(reference.model_validate(text).__dict__ == kept.__dict__)
+
+        return reads
+
+    def write(kept: Any) -> Any:
+        return written(kept.model, kept.lora, kept.override_architecture, reads_as(kept))
+
+    def extend_schema(kind: type, read: Callable[[Any], Any], serialization: Any) -> None:
+        def core(cls: type, source: Any, handler: Any) -> Any:
+            schema = handler(source)
+            schema["schema"] = core_schema.no_info_before_validator_function(read, schema["schema"])
+            return schema | ({"serialization": serialization} if serialization else {})
+
+        kind.__get_pydantic_core_schema__ = classmethod(core)  # type: ignore[attr-defined]
+
+    extend_schema(path, read_path, None)
+    extend_schema(reference, read_reference, core_schema.plain_serializer_function_ser_schema(write))
+    for needed in (EXPORTS["ModelPath"], EXPORTS["ModelReference"], *HOLD_MODELS):
+        needed.find().model_rebuild(force=True)
 
 
 def import_methods() -> None:

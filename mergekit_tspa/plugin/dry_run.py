@@ -107,6 +107,9 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
             run.forecast = attempt(problems, config.merge_method, lambda: _forecast(config, options))
         if run.forecast:
             run.warnings += run.forecast.warnings()
+    run.warnings = [
+        *dict.fromkeys(run.warnings)
+    ]  # what is seen of an adapter is said again when it is planned
     return run
 
 

@@ -19,6 +19,7 @@ from click import ClickException
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin import compat
+from mergekit_tspa.plugin.spelling import read_path, read_reference, written
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,7 +43,9 @@ def extend(module: ModuleType) -> None:
     name = module.__name__
     if not _fits(compat.look(executed=name)):
         return
-    if name == "mergekit.merge_methods.registry":
+    if name == "mergekit.config":
+        compat.respell(read_path, read_reference, written)
+    elif name == "mergekit.merge_methods.registry":
         _register_methods(module)
     elif name == "mergekit.evo.genome":
         _search_weights()

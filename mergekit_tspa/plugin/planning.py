@@ -26,6 +26,7 @@ from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import Index, ModelTensors
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.bases import warn_of_other_bases
 from mergekit_tspa.merging.outputs import OutputTensor, Wanted
 from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
 from mergekit_tspa.methods import METHODS, Method
@@ -124,6 +125,7 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
         else:
             _refuse_dense(method, weight.name, task)
     _check_touched(touched)
+    warn_of_other_bases((loader.adapter for loader in adapters.values()), str(config.base_model))
     unconverted = {name: load.model_copy(update={"dtype": None}) for name, load in loads.items()}
     merge = plan_merge(
         method,

@@ -291,3 +291,35 @@ def test_keys_that_mergekit_drops_are_named(llama, adapters, tmp_path, caplog):
     assert len(warnings) == 2
     assert "base_modle: " in warnings[0] and "did you mean base_model?" in warnings[0]
     assert "models.1.paramaters: " in warnings[1] and "did you mean parameters?" in warnings[1]
+
+
+def test_an_adapter_of_another_base_is_warned_of_once(llama, adapters, tmp_path, caplog):
+    """By the merge, by the adapter alone, by check and in Python; of the base's own adapters nothing is said."""
+    from click.testing import CliRunner
+
+    from mergekit_tspa.commands.main import main
+    from tests.conftest import write_recipe
+
+    stray = shutil.copytree(adapters[0], tmp_path / "stray")
+    file = stray / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "meta/another"}))
+    config = recipe("core_tsv", llama, [stray, adapters[1]])
+    path = write_recipe(tmp_path / "r.yml", config)
+
+    def said():
+        lines = [message for message in caplog.messages if "trained on" in message]
+        caplog.clear()
+        return lines
+
+    sentence = f"{stray}: it says that it was trained on meta/another, and the merge is on {llama}"
+    assert merge(config, tmp_path / "out").exit_code == 0
+    assert said() == [sentence]
+    assert CliRunner().invoke(main, ["adapter", str(path), str(tmp_path / "alone")]).exit_code == 0
+    assert said() == [sentence]
+    checked = CliRunner().invoke(main, ["check", str(path)], env={"COLUMNS": "1000"})
+    assert checked.output.count("trained on meta/another") == 1
+    said()
+    merge_adapters("core_tsv", [stray, adapters[1]], base=llama)
+    assert said() == [sentence]
+    merge_adapters("core_tsv", [adapters[1], stray])
+    assert said() == [f"{stray}: it says that it was trained on meta/another, and {adapters[1]} on {llama}"]
