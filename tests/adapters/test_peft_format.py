@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergekit_tspa import InputError, read_adapter
-from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.adapters import Adapter, LoraModule
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.names import strip_prefixes
 from mergekit_tspa.base.tensors import ModelTensors
@@ -73,6 +73,35 @@ def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
     assert len(tensors) == (2 if "lm_head" not in targets else 5)
     for name, module in tensors.items():
         assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
+
+
+@pytest.mark.parametrize("target", ["q_proj", "v_proj"])  # square, and not
+def test_the_flag_is_ignored_on_linear_layers_as_peft_does(target, llama, tmp_path):
+    adapter = save_adapter(llama, tmp_path / "a", target_modules=[target])
+    edit_config(adapter, fan_in_fan_out=True)
+    before, after = base_tensors(llama), peft_merged(llama, adapter)
+    base = ModelTensors.of("base", before, Checkpoint(llama).config())
+    read, tensors = read_adapter(adapter).fit(base)
+    assert len(tensors) == 2
+    for name, module in tensors.items():
+        assert not read.modules[module].transposed
+        assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
+
+
+def test_the_flag_counts_where_the_architecture_does_not_decide():
+    """Without a configuration; and an unknown model's own Conv1D layers, if their shapes tell."""
+    module = LoraModule(torch.ones(6, 2), torch.ones(2, 4), transposed=True)
+    adapter = Adapter("a", None, {"x.h.0.wide": module})
+    shapes = {"x.h.0.wide.weight": (4, 6)}
+    for config in ({}, {"model_type": "unheard-of"}):
+        fitted, _ = adapter.fit(ModelTensors("base", shapes, config))
+        assert fitted.modules["x.h.0.wide"].transposed
+    with pytest.raises(InputError, match=r"the update of x.h.0.wide has shape \(6, 4\) but .* has \(6, 5\)"):
+        adapter.fit(ModelTensors("base", {"x.h.0.wide.weight": (6, 5)}, {"model_type": "llama"}))
+    square = Adapter(
+        "a", None, {"x.h.0.wide": LoraModule(torch.ones(4, 2), torch.ones(2, 4), transposed=True)}
+    )
+    assert square.fit(ModelTensors("base", {"x.h.0.wide.weight": (4, 4)}))[0].modules["x.h.0.wide"].transposed
 
 
 def test_heads_that_are_tied_are_refused():
