@@ -121,6 +121,44 @@ def test_bin_checkpoints_of_any_age(zipped, tmp_path):
     )
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards(ending, adapters, tmp_path):
+    """Of either format, with an index beside them; a shard that is missing is named."""
+    sharded = shutil.copytree(adapters[0], tmp_path / "a")
+    whole = sharded / "adapter_model.safetensors"
+    tensors = sorted(load_file(whole).items())
+    whole.unlink()
+    files = [f"adapter_model-{i}-of-00002.{ending}" for i in ("00001", "00002")]
+    parts = dict(zip(files, (tensors[:3], tensors[3:])))
+    for name, part in parts.items():
+        (save_file if ending == "safetensors" else torch.save)(dict(part), sharded / name)
+    places = {key: name for name, part in parts.items() for key, _ in part}
+    (sharded / f"adapter_model.{ending}.index.json").write_text(json.dumps({"weight_map": places}))
+    want, got = read_adapter(adapters[0]), read_adapter(sharded)
+    assert got.modules.keys() == want.modules.keys()
+    for module in want.modules:
+        assert all(map(torch.equal, got.factors(module), want.factors(module)))
+    (sharded / files[1]).unlink()
+    with pytest.raises(InputError, match=rf"{files[1]}: damaged, truncated or missing"):
+        read_adapter(sharded)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+def test_a_pointer_of_git_lfs_is_called_that(name, adapters, tmp_path):
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    if name == "adapter_model.bin":
+        (adapter / "adapter_model.safetensors").unlink()
+    (adapter / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer, .* run git lfs pull"):
+        read_adapter(adapter)
+
+
+def test_a_base_of_git_lfs_pointers(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"model\.safetensors: is a Git LFS pointer"):
+        Checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_files_are_computed_in_float32(dtype, llama, tmp_path):
     adapter = save_adapter(llama, tmp_path / "a")
