@@ -61,9 +61,9 @@ class Adapter:
     def fit(self, base: ModelTensors) -> tuple["Adapter", dict[str, str]]:
         """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
 
-        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores
-        `fan_in_fan_out` where the two contradict each other, so the orientation of each module is settled
-        here: by the base's configuration if its model has Conv1D layers, otherwise by the flag.
+        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
+        where the two contradict each other, so the orientation of each module is settled here: by the base's
+        architecture, and by the flag only where the base has no configuration.
 
         Raises:
             InputError: a module has no tensor in the base, or one that has another shape, is quantised, or
@@ -88,9 +88,15 @@ class Adapter:
     def _fit_module(self, module: str, tensor: str, base: ModelTensors) -> LoraModule:
         found, shape = self.modules[module], base.shape(tensor)
         self._check_precision(tensor, base)
+        there = (*shape[:1], torch.Size(shape[1:]).numel())
         if conv1d := architecture_of(base.config).conv1d:
             found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in conv1d)
-        if found.shape != (*shape[:1], torch.Size(shape[1:]).numel()):
+        elif found.transposed and not found.embedding and "[" not in tensor and base.config.get("model_type"):
+            # Layers of other architectures are nn.Linear.  One that `ARCHITECTURES` lacks may have Conv1D layers
+            # of its own: their shapes say so, if they are not square.
+            upright = found._replace(transposed=False)
+            found = found if found.shape == there != upright.shape else upright
+        if found.shape != there:
             self._refuse_shape(f"update of {module}", found.shape, tensor, base)
         if found.magnitude is not None and len(found.magnitude) != found.B.shape[0]:
             raise InputError(

@@ -9,10 +9,12 @@ from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
+from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.files import check_name, load_pickle, read_json, readable
 from mergekit_tspa.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
+_INDEX = ".index.json"  # what follows a file's name in that of the index of its shards
 _PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -53,19 +55,27 @@ def check_config(config: Mapping[str, Any], keys: type[BaseModel], directory: Pa
 
 
 def find_file(directory: Path, candidates: Sequence[str], name: str) -> Path:
-    """The first of these files that is there.
+    """The first of these files that is there, or the index of its shards.
 
     Raises:
         InputError: none is.
     """
-    file = next((directory / f for f in candidates if (directory / f).is_file()), None)
+    names = [candidate + ending for candidate in candidates for ending in ("", _INDEX)]
+    file = next((directory / name for name in names if (directory / name).is_file()), None)
     if file is None:
         raise InputError(f"{name}: no {' or '.join(candidates)} beside {CONFIG_FILE} in {directory}")
     return file
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors, copied into memory: if a mapped file were cut, the next access would end the process."""
+    """All tensors, copied into memory: if a mapped file were cut, the next access would end the process.
+
+    Args:
+        file: it holds the tensors, or is the index of the shards that do
+    """
+    if file.name.endswith(_INDEX):
+        shards = Checkpoint(file.parent, [file.name.removesuffix(_INDEX)])
+        return {key: tensor.clone() for key, tensor in shards.items()}
     with readable(file):
         if file.suffix != ".safetensors":
             return load_pickle(file)

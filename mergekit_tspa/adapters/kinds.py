@@ -40,6 +40,7 @@ LOG = logging.getLogger(__name__)
 
 PLAIN = "`s B A`"
 MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and use the merged checkpoint"
+TO_LORA = f"convert it to LoRA with PEFT's save_as_lora, or {MERGE_FIRST}"  # of kinds that PEFT can convert
 _CONVERT = "its base was altered at training; convert it with PEFT's path_initial_model_for_weight_conversion"
 _DIRECTLY = "a tensor trained directly"
 
@@ -53,6 +54,7 @@ class Kind:
     # How it is recognised: by one of these.
     flag: str = ""  # key of adapter_config.json that is set
     init: str = ""  # pattern of the whole value of init_lora_weights, in lower case
+    peft_type: str = ""  # pattern of the whole value of peft_type
     tensors: str = ""  # pattern of names of tensors, without PEFT's prefixes, that no LoRA of PEFT has
 
     # What is done with it.
@@ -176,22 +178,61 @@ KINDS = (
     Kind("LoftQ", init="loftq.*", read=False, way_out=_CONVERT, alters_base=True),
     Kind("LoRA-GA", init="lora_ga.*", read=False, way_out=_CONVERT, alters_base=True),
     Kind(
-        "LoHa", tensors=r"\.hada_w", read=False, what="a LoHa adapter", way_out=MERGE_FIRST, in_memory=False
+        "LoHa",
+        peft_type="LOHA",
+        tensors=r"\.hada_w",
+        read=False,
+        what="a LoHa adapter",
+        way_out=TO_LORA,
+        in_memory=False,
     ),
     Kind(
-        "LoKr", tensors=r"\.lokr_w", read=False, what="a LoKr adapter", way_out=MERGE_FIRST, in_memory=False
+        "LoKr",
+        peft_type="LOKR",
+        tensors=r"\.lokr_w",
+        read=False,
+        what="a LoKr adapter",
+        way_out=TO_LORA,
+        in_memory=False,
     ),
-    Kind("IA3", tensors=r"\.ia3_l", read=False, what="an IA3 adapter", way_out=MERGE_FIRST, in_memory=False),
+    Kind(
+        "MiSS",
+        peft_type="MISS",
+        tensors=r"\.miss_block",
+        read=False,
+        what="a MiSS adapter",
+        way_out=TO_LORA,
+        in_memory=False,
+    ),
     Kind(
         "VeRA",
+        peft_type="VERA",
         tensors=r"\.vera_lambda",
         read=False,
         what="a VeRA adapter",
+        way_out=TO_LORA,
+        in_memory=False,
+    ),
+    Kind(
+        "VB-LoRA, Uni-LoRA, TinyLoRA, RandLoRA, GraLoRA, DeLoRA, C3A, FourierFT, WaveFT, PSOFT",
+        peft_type="VBLORA|UNILORA|TINYLORA|RANDLORA|GRALORA|DELORA|C3A|FOURIERFT|WAVEFT|PSOFT",
+        read=False,
+        what="an adapter of another kind than LoRA",
+        way_out=TO_LORA,
+        in_memory=False,
+    ),
+    Kind(
+        "IA3",
+        peft_type="IA3",
+        tensors=r"\.ia3_l",
+        read=False,
+        what="an IA3 adapter",
         way_out=MERGE_FIRST,
         in_memory=False,
     ),
     Kind(
         "AdaLoRA",
+        peft_type="ADALORA",
         tensors=r"\.lora_E$|\.ranknum$",
         read=False,
         what="an AdaLoRA adapter",
@@ -200,6 +241,7 @@ KINDS = (
     ),
     Kind(
         "OFT, BOFT",
+        peft_type="OFT|BOFT",
         tensors=r"\.(oft|boft)_",
         read=False,
         what="an OFT adapter",
@@ -269,6 +311,21 @@ def check_kinds(config: Mapping[str, Any], name: str) -> None:
         LOG.warning("%s: init_lora_weights is %r, unknown here; read as a plain LoRA", name, init)
 
 
+def check_type(config: Mapping[str, Any], name: str) -> None:
+    """
+    Raises:
+        InputError: `peft_type` of the configuration is not that of LoRA.
+    """
+    found = config.get("peft_type")
+    if found == "LORA":
+        return
+    kind = next((k for k in KINDS if k.peft_type and re.fullmatch(k.peft_type, str(found))), None)
+    raise InputError(
+        f"{name}: peft_type is {reprlib.repr(found)}, not 'LORA', and cannot be read as factors; "
+        f"{_way_out(kind) if kind else MERGE_FIRST}"
+    )
+
+
 def check_tensor(key: str, file: Path) -> None:
     """
     Raises:
@@ -277,8 +334,15 @@ def check_tensor(key: str, file: Path) -> None:
     for kind in KINDS:
         if kind.tensors and re.search(kind.tensors, key):
             raise InputError(
-                f"{file}: tensor {key} belongs to {kind.what}, which is not supported; {kind.way_out}"
+                f"{file}: tensor {key} belongs to {kind.what}, which is not supported; {_way_out(kind)}"
             )
+
+
+def _way_out(kind: Kind) -> str:
+    """What the user should do; a conversion is named only where the PEFT that is installed has it."""
+    import peft
+
+    return MERGE_FIRST if kind.way_out == TO_LORA and not hasattr(peft, "save_as_lora") else kind.way_out
 
 
 def _init(config: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ PEFT's own function.
 
 import math
 import re
-import reprlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from mergekit_tspa.adapters.adapter_files import (
     find_file,
     read_tensors,
 )
-from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, check_kinds, check_tensor, kinds_of
+from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, check_kinds, check_tensor, check_type, kinds_of
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
 from mergekit_tspa.base.names import strip_prefixes
 from mergekit_tspa.errors import InputError
@@ -78,11 +77,7 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
     Raises:
         InputError: files are missing or damaged, the adapter is of another kind, or a value is not finite.
     """
-    if config.get("peft_type") != "LORA":
-        kind = reprlib.repr(config.get("peft_type"))
-        raise InputError(
-            f"{name}: peft_type is {kind}, not 'LORA', and cannot be read as factors; {MERGE_FIRST}"
-        )
+    check_type(config, name)
     check_kinds(config, name)
     config = check_config(config, _Config, directory)
     file = find_file(directory, _FILES, name)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from mergekit_tspa.adapters.adapter_files import CONFIG_FILE
 from mergekit_tspa.adapters.modules import LoraModule
 from mergekit_tspa.base.files import replaced
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.updates import LoraFactors
 
 
@@ -20,7 +21,7 @@ def write_adapter(
     modules: Mapping[str, LoraModule],
     base: str,
     task_type: str | None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Save updates as `adapter_model.safetensors` and, last, `adapter_config.json`, which means: complete.
 
@@ -34,6 +35,9 @@ def write_adapter(
 
     Returns:
         The configuration.
+
+    Raises:
+        InputError: a factor is too large for the dtype.
     """
     rank = max(f.rank for f in updates.values())
     tensors = {}
@@ -42,6 +46,10 @@ def write_adapter(
         B, A = (f.A.mT, f.B.mT) if modules[name].transposed else f
         kind = "lora_embedding_{}" if modules[name].embedding else "lora_{}.weight"
         for side, factor in (("B", B), ("A", A)):
+            if not torch.isfinite(factor).all():
+                raise InputError(
+                    f"{name}: a factor of the merged update is too large for {dtype}; take float32"
+                )
             tensors[f"base_model.model.{name}.{kind.format(side)}"] = factor.contiguous().cpu()
     config = {
         "peft_type": "LORA",

@@ -15,6 +15,7 @@ from mergekit_tspa.errors import InputError
 
 # Without brackets, because `name[3]` means expert 3 of a fused tensor.
 _TENSOR_NAME = re.compile(r"[^\[\]\x00-\x1f]{1,1000}")
+_POINTER = b"version https://git-lfs"  # how every pointer begins
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        _refuse_pointer(file)
         raise InputError(f"{file}: not readable as JSON ({error}); copy or save it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds a {type(content).__name__} where an object is expected")
@@ -39,10 +41,27 @@ def readable(file: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # safetensors and pickle raise a dozen unrelated types for damaged files
+        _refuse_pointer(file)
         reason = str(error)[:300]
         raise InputError(
             f"{file}: damaged, truncated or missing ({reason}); copy or save it again"
         ) from error
+
+
+def _refuse_pointer(file: Path) -> None:
+    """
+    Raises:
+        InputError: Git LFS has left a pointer where the file should be.
+    """
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_POINTER))
+    except OSError:
+        return
+    if start == _POINTER:
+        raise InputError(
+            f"{file}: is a Git LFS pointer, not the file itself; run git lfs pull where it was cloned"
+        )
 
 
 def load_pickle(file: Path, mmap: bool = False) -> dict[str, Tensor]:

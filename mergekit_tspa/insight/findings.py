@@ -1,4 +1,8 @@
-"""From numbers to sentences: what is so, and what a person may do about it."""
+"""From numbers to sentences: what is so, and what follows from it.
+
+Advice is given only where merges of more than one set of adapters were measured, and what was measured says so.
+Everything else is a fact, and the person who reads it decides.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,28 +16,19 @@ from mergekit_tspa.insight.inspection import Inspection
 
 FIGHT, AGREE = -0.1, 0.1  # cosines of two updates, below and above which something is said of them
 CLEARLY = 1.05  # ratio of used ranks that is worth a word
-MANY = 0.1  # share of fights that is no exception any more
 LITTLE = 0.05  # share of the energy that cross terms may add or take away without a word
 SHARED_START = 0.5  # overlap of row spaces above which adapters are taken to share their initial A
-UNEQUAL = 1.5  # ratio of norms, or of what survives, that is worth a word
-COUNTED_TWICE = 1.2  # what survives of an adapter when it is counted more than once
-BASE_LOSS = 1.629
-LOSS = {  # nats per token of four example adapters of rank 8 merged, benchmarks/results/quality.md
-    "core_tsv": 1.307,
-    "tspa_lora": 1.345,
-    "lora_ties": 1.365,
-    "lora_task_arithmetic, weight 0.5": 1.378,
-    "tspa": 1.432,
-    "lora_task_arithmetic": 1.550,
-}
-SUMS_FACTORS = {  # methods that do worse than the base when the adapters share their initial A
-    "factor_linear": 5.994,
-    "factor_dare_linear": 6.442,
-    "factor_magnitude_prune": 2.315,
-    "rotation": 6.061,
-    "robustmerge_code": 2.328,
-    "tspa_pairwise": 5.996,
-}
+UNEQUAL = 1.5  # ratio of norms that is worth a word
+# Methods that sum the factors apart.  On adapters that share their initial A each of them did worse than the base
+# alone, on two sets of adapters: benchmarks/results/quality.md.
+SUM_FACTORS = (
+    "factor_linear",
+    "factor_dare_linear",
+    "factor_magnitude_prune",
+    "rotation",
+    "robustmerge_code",
+    "tspa_pairwise",
+)
 
 
 class Finding(NamedTuple):
@@ -84,21 +79,11 @@ def _sizes(ins: Inspection) -> Iterator[Finding]:
             f"({names[high]}), weights included."
         )
     else:
-        middle = sorted(weighted)[len(weighted) // 2]
-        equal = [
-            f"{name} {a * middle / w:.2g}" for name, a, w in zip(names, _mean_weights(ins), weighted) if w
-        ]
         ratio = f", {largest / smallest:.1f} times less" if smallest else ""
         yield Finding(
             f"{names[high]} is the largest, with norm {largest:.3g}, {names[low]} the smallest, with {smallest:.3g}"
-            f"{ratio}, weights included.",
-            "If all are to count alike, set weights "
-            + (f"to about {', '.join(equal)}." if len(equal) <= 8 else "in inverse proportion to the norms."),
+            f"{ratio}, weights included."
         )
-
-
-def _mean_weights(ins: Inspection) -> list[float]:
-    return ins.weights.nanmean(0).tolist()
 
 
 def _largest_kind(ins: Inspection) -> str:
@@ -160,17 +145,13 @@ def _start(ins: Inspection) -> Iterator[Finding]:
         f"{sum(shared) / len(shared):.0%} (chance {ins.chance():.1%})."
     )
     growth = ins.growth_apart()
-    grown = f"that makes {growth:.1f} times the norm of the sum here, and had" if growth else "that had"
-    low, high = min(SUMS_FACTORS.values()), max(SUMS_FACTORS.values())
-    losses = (
-        f"{grown} a loss of {low:.1f} to {high:.1f} nats on the example adapters (core_tsv {LOSS['core_tsv']}, the "
-        f"base alone {BASE_LOSS})."
-    )
+    grown = f"that makes {growth:.1f} times the norm of the sum here, and " if growth else ""
+    measured = f"{grown}on two such sets of adapters it did worse than the base alone (benchmarks/results/quality.md)."
     if ins.merge is None:
-        yield Finding(fact, f"Do not sum factors apart ({', '.join(SUMS_FACTORS)}): {losses}")
-    elif ins.merge.method in SUMS_FACTORS:
+        yield Finding(fact, f"Do not sum factors apart ({', '.join(SUM_FACTORS)}): {measured}")
+    elif ins.merge.method in SUM_FACTORS:
         yield Finding(
-            fact, f"Take another method than {ins.merge.method}, which sums factors apart: {losses}"
+            fact, f"Take another method than {ins.merge.method}, which sums factors apart: {measured}"
         )
     else:
         yield Finding(fact)
@@ -182,23 +163,13 @@ def _sum(ins: Inspection) -> Iterator[Finding]:
         return
     orthogonal = ratio / (1 + cross) ** 0.5
     fact = f"||sum|| is {ratio:.0%} of the sum of norms, against {orthogonal:.0%} if the adapters were orthogonal"
-    advice = ""
     if abs(cross) <= LITTLE:
         fact += f": over the whole model they neither add up nor cancel ({cross:+.2%} of energy)."
     elif cross > 0:
-        fact += f": what they share is counted more than once ({cross:+.0%} of energy)."
-        advice = f"Lower the weights of a plain sum, or take core_tsv ({_losses('lora_task_arithmetic, weight 0.5')})."
+        fact += f": a plain sum counts what they share more than once ({cross:+.0%} of energy)."
     else:
-        fact += f": they cancel ({cross:+.0%} of energy)."
-        advice = f"Elect signs or separate directions instead of a plain sum ({_losses('lora_ties')}), or merge fewer."
-    # What a recipe's method makes of it is measured, and said of what survives.
-    yield Finding(fact, "" if ins.merge else advice)
-
-
-def _losses(other: str) -> str:
-    plain = f"example adapters: plain sum {LOSS['lora_task_arithmetic']:.3f} nats"
-    other = f"{other.replace('lora_task_arithmetic, ', 'with ')} {LOSS[other]}"
-    return f"{plain}, {other}, core_tsv {LOSS['core_tsv']}"
+        fact += f": in a plain sum they cancel ({cross:+.0%} of energy)."
+    yield Finding(fact)
 
 
 def _pulls(ins: Inspection) -> Iterator[Finding]:
@@ -217,10 +188,8 @@ def _pulls(ins: Inspection) -> Iterator[Finding]:
             f"No two adapters fight: the smallest cosine of {len(values)} meetings in a weight is {least:.3f}."
         )
     elif fights > sum(len(run.layers) for run in first):
-        many = fights > MANY * len(values)
         yield Finding(
-            f"{fights} of {len(values)} meetings in a weight are fights (cosine below {FIGHT}), the worst {least:.2f}.",
-            f"So many call for a method more than for weights ({_losses('lora_ties')})." if many else "",
+            f"{fights} of {len(values)} meetings in a weight are fights (cosine below {FIGHT}), the worst {least:.2f}."
         )
     if together := runs(ins, lambda cosine: cosine > AGREE):
         run = together[0]
@@ -241,8 +210,7 @@ def _fight(ins: Inspection, run: Run) -> Finding:
     return Finding(
         f"{ins.names[run.t]} and {ins.names[run.u]} pull against each other in {_where(run)}: mean cosine "
         f"{run.cosine:.2f}, sign conflict {run.conflict:.0%} (chance 50%); a plain sum of the two keeps {t[0]:.0%} of "
-        f"{t[1]} and {u[0]:.0%} of {u[1]} there.",
-        f"If {t[1]} matters more, weight {u[1]} less there (a gradient over layers, or a filter on {run.kind}).",
+        f"{t[1]} and {u[0]:.0%} of {u[1]} there."
     )
 
 
@@ -275,14 +243,7 @@ def _survival(ins: Inspection) -> Iterator[Finding]:
     low, high = known[0], known[-1]
     said = known if len(known) <= 8 else [low, high]
     listed = ", ".join(f"{ins.names[t]} {share[t]:.0%} (cosine {cosine[t]:.2f})" for t in said)
-    advice = ""
-    if share[high] > COUNTED_TWICE:
-        advice = f"{ins.names[high]} is counted {share[high]:.1f} times: lower its weight, or `lambda`."
-    elif share[high] > UNEQUAL * share[low]:
-        advice = (
-            f"If {ins.names[low]} matters, give it more than its weight of {_mean_weights(ins)[low]:.2g}."
-        )
-    yield Finding(f"{ins.merge.method} keeps {listed}.", advice)
+    yield Finding(f"{ins.merge.method} keeps {listed}.")
 
 
 def _stages(ins: Inspection) -> Iterator[Finding]:
@@ -293,10 +254,4 @@ def _stages(ins: Inspection) -> Iterator[Finding]:
         if s.start.sum() > 0
     ]
     if said:
-        advice = (
-            f"A lower objective need not be a better merge: both stages had {LOSS['tspa']} nats on the example "
-            f"adapters, tspa_lora alone {LOSS['tspa_lora']}."
-        )
-        yield Finding(
-            f"TSPA lowers its objectives: {', '.join(said)}.", advice if ins.merge.method == "tspa" else ""
-        )
+        yield Finding(f"TSPA lowers its objectives: {', '.join(said)}.")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import NamedTuple
 
+import torch
+
 from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, LoraModule
 from mergekit_tspa.merging.bases import other_base
 from mergekit_tspa.merging.outputs import TensorPlan
@@ -99,7 +101,7 @@ class AdapterOutcome(NamedTuple):
     """The adapter that a merge could write."""
 
     tensors: Sequence[TensorPlan]
-    dtype: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,13 @@ class Forecast:
         if isinstance(self.adapter, str):
             return f"none can be written: {self.adapter}"
         rank = max(map(self.rank, self.adapter.tensors))
-        nbytes = sum(rank * sum(tensor.shape) for tensor in self.adapter.tensors) * itemsize(
-            self.adapter.dtype
-        )
+        dtype = self.adapter.dtype
+        nbytes = sum(rank * sum(tensor.shape) for tensor in self.adapter.tensors) * dtype.itemsize
         most = " at most" if self.extracts or not self.plan.method.result.exact else ""
         where = (
             "adapter/adapter_model.safetensors" if self.wants_adapter else "can be written (adapter: true)"
         )
-        return f"{where}, rank {rank}{most}, {nbytes:,} bytes ({size(nbytes)}){most}"
+        return f"{where}, {str(dtype).removeprefix('torch.')}, rank {rank}{most}, {nbytes:,} bytes ({size(nbytes)}){most}"
 
     @property
     def _shard_size(self) -> int:

@@ -1,9 +1,13 @@
 """What of a merge can be one LoRA adapter, and why the rest cannot."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import reduce
+from typing import Any
 
-from mergekit_tspa.adapters import StoredTensor
+import torch
+
+from mergekit_tspa.adapters import LoraModule, StoredTensor
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import OutputTensor, TensorPlan
@@ -37,6 +41,29 @@ def module_name(plan: TensorPlan) -> str:
     name = max((module for _, module in plan.sources), key=len)
     whole = plan.name.removesuffix(".weight")
     return whole if whole.endswith(f".{name}") else name
+
+
+def own_dtype(tensors: Iterable[TensorPlan]) -> torch.dtype:
+    """The widest dtype among the adapters' own, at most the float32 in which merges are computed.
+
+    Factors that are extracted from full models have no dtype of their own: with them it is float32.
+    """
+    modules = [module for tensor in tensors for module in tensor.modules]
+    if not all(isinstance(module, LoraModule) for module in modules):
+        return torch.float32
+    widest = reduce(
+        torch.promote_types, {factor.dtype for module in modules for factor in (module.B, module.A)}
+    )
+    return torch.float32 if widest == torch.float64 else widest
+
+
+def task_type_of(config: Mapping[str, Any]) -> str | None:
+    """PEFT's name for what a model of this `config.json` is for, where it is a language model."""
+    if config.get("is_encoder_decoder"):
+        return "SEQ_2_SEQ_LM"
+    architecture = (config.get("architectures") or [""])[0]
+    causal = architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+    return "CAUSAL_LM" if causal else None
 
 
 def _layers(tensors: Iterable[str]) -> set[str]:

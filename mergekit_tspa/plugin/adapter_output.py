@@ -22,7 +22,7 @@ from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.plan import MergePlan
-from mergekit_tspa.merging.servable import adapter_tensors, module_name
+from mergekit_tspa.merging.servable import adapter_tensors, module_name, own_dtype, task_type_of
 from mergekit_tspa.plugin.card import adapter_card
 from mergekit_tspa.plugin.output import refuse_inputs
 from mergekit_tspa.plugin.planning import merge_of, MergeTasks, PlannedRecipe, log_task
@@ -39,7 +39,7 @@ class AdapterFile:
     directory: Path
     base: str
     task_type: str | None
-    dtype: str | None
+    dtype: torch.dtype
     card: str
 
 
@@ -61,8 +61,7 @@ class SaveAdapter(Task[None], frozen=True):
         names = [module_name(plan) for plan in file.tensors]
         modules = {name: plan.modules[0] for name, plan in zip(names, file.tensors)}
         merged = {name: LowRank(**updates[str(i)]) for i, name in enumerate(names)}
-        dtype = dtype_from_name(file.dtype) or torch.float32
-        write_adapter(file.directory, merged, modules, file.base, file.task_type, dtype)
+        write_adapter(file.directory, merged, modules, file.base, file.task_type, file.dtype)
         (file.directory / "README.md").write_text(file.card, encoding="utf-8")
 
 
@@ -87,16 +86,13 @@ def adapter_file(recipe: PlannedRecipe, directory: Path, source: str | None = No
     if config.tokenizer or config.tokenizer_source:
         raise InputError("an adapter has no tokenizer of its own; leave the tokenizer options out")
     tensors = adapter_tensors(recipe.merge, base)
-    architecture = (base.config.get("architectures") or [""])[0]
-    causal = (
-        "CAUSAL_LM" if architecture.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) else None
-    )
+    named = config.out_dtype or config.dtype
     return AdapterFile(
         tensors=tensors,
         directory=directory,
         base=str(config.base_model),
-        task_type="SEQ_2_SEQ_LM" if base.config.get("is_encoder_decoder") else causal,
-        dtype=config.out_dtype or config.dtype,
+        task_type=task_type_of(base.config),
+        dtype=dtype_from_name(named) if named else own_dtype(tensors),
         card=adapter_card(config, weight_ranges(recipe.merge), source or config.to_yaml()),
     )
 

@@ -180,7 +180,7 @@ def _adapter(recipe: PlannedRecipe) -> AdapterOutcome | str:
         file = adapter_file(recipe, Path())
     except InputError as error:
         return error.message
-    return AdapterOutcome(file.tensors, file.dtype or "float32")
+    return AdapterOutcome(file.tensors, file.dtype)
 
 
 def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergekit_tspa import InputError, read_adapter
-from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.adapters import Adapter, LoraModule
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.names import strip_prefixes
 from mergekit_tspa.base.tensors import ModelTensors
@@ -75,6 +75,35 @@ def test_conv1d_goes_by_the_layer_as_peft_does(flag, targets, tmp_path):
         assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
 
 
+@pytest.mark.parametrize("target", ["q_proj", "v_proj"])  # square, and not
+def test_the_flag_is_ignored_on_linear_layers_as_peft_does(target, llama, tmp_path):
+    adapter = save_adapter(llama, tmp_path / "a", target_modules=[target])
+    edit_config(adapter, fan_in_fan_out=True)
+    before, after = base_tensors(llama), peft_merged(llama, adapter)
+    base = ModelTensors.of("base", before, Checkpoint(llama).config())
+    read, tensors = read_adapter(adapter).fit(base)
+    assert len(tensors) == 2
+    for name, module in tensors.items():
+        assert not read.modules[module].transposed
+        assert relative_error(before[name] + read.factors(module).dense(), after[name]) < 1e-6
+
+
+def test_the_flag_counts_where_the_architecture_does_not_decide():
+    """Without a configuration; and an unknown model's own Conv1D layers, if their shapes tell."""
+    module = LoraModule(torch.ones(6, 2), torch.ones(2, 4), transposed=True)
+    adapter = Adapter("a", None, {"x.h.0.wide": module})
+    shapes = {"x.h.0.wide.weight": (4, 6)}
+    for config in ({}, {"model_type": "unheard-of"}):
+        fitted, _ = adapter.fit(ModelTensors("base", shapes, config))
+        assert fitted.modules["x.h.0.wide"].transposed
+    with pytest.raises(InputError, match=r"the update of x.h.0.wide has shape \(6, 4\) but .* has \(6, 5\)"):
+        adapter.fit(ModelTensors("base", {"x.h.0.wide.weight": (6, 5)}, {"model_type": "llama"}))
+    square = Adapter(
+        "a", None, {"x.h.0.wide": LoraModule(torch.ones(4, 2), torch.ones(2, 4), transposed=True)}
+    )
+    assert square.fit(ModelTensors("base", {"x.h.0.wide.weight": (4, 4)}))[0].modules["x.h.0.wide"].transposed
+
+
 def test_heads_that_are_tied_are_refused():
     adapter = Adapter.from_factors("a", {"lm_head": (torch.ones(9, 2), torch.ones(2, 4))})
     assert adapter.fit(ModelTensors("b", {"lm_head.weight": (9, 4)}, {"tie_word_embeddings": False}))
@@ -90,6 +119,44 @@ def test_bin_checkpoints_of_any_age(zipped, tmp_path):
     assert checkpoint.shapes() == {"x.weight": (3, 2)} and torch.equal(
         checkpoint["x.weight"], tensors["x.weight"]
     )
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_shards(ending, adapters, tmp_path):
+    """Of either format, with an index beside them; a shard that is missing is named."""
+    sharded = shutil.copytree(adapters[0], tmp_path / "a")
+    whole = sharded / "adapter_model.safetensors"
+    tensors = sorted(load_file(whole).items())
+    whole.unlink()
+    files = [f"adapter_model-{i}-of-00002.{ending}" for i in ("00001", "00002")]
+    parts = dict(zip(files, (tensors[:3], tensors[3:])))
+    for name, part in parts.items():
+        (save_file if ending == "safetensors" else torch.save)(dict(part), sharded / name)
+    places = {key: name for name, part in parts.items() for key, _ in part}
+    (sharded / f"adapter_model.{ending}.index.json").write_text(json.dumps({"weight_map": places}))
+    want, got = read_adapter(adapters[0]), read_adapter(sharded)
+    assert got.modules.keys() == want.modules.keys()
+    for module in want.modules:
+        assert all(map(torch.equal, got.factors(module), want.factors(module)))
+    (sharded / files[1]).unlink()
+    with pytest.raises(InputError, match=rf"{files[1]}: damaged, truncated or missing"):
+        read_adapter(sharded)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+def test_a_pointer_of_git_lfs_is_called_that(name, adapters, tmp_path):
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    if name == "adapter_model.bin":
+        (adapter / "adapter_model.safetensors").unlink()
+    (adapter / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(InputError, match=rf"{name}: is a Git LFS pointer, .* run git lfs pull"):
+        read_adapter(adapter)
+
+
+def test_a_base_of_git_lfs_pointers(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError, match=r"model\.safetensors: is a Git LFS pointer"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -8,18 +8,25 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import groupby
+from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, MissConfig, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from mergekit_tspa import InputError, read_adapter
 from mergekit_tspa.adapters import kind_of, kinds
-from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, MLX, PLAIN, Kind, kinds_of
+from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, MLX, PLAIN, TO_LORA, Kind, kinds_of
+from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.updates import LoraFactors
-from tests.conftest import ROOT, relative_error
+from tests.conftest import ROOT, base_tensors, load_model, relative_error
 
 PAGE = ROOT / "docs/adapters.md"
 TABLE = re.compile(r"(<!-- `mergekit_tspa/adapters/kinds.py` -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
@@ -31,6 +38,8 @@ def recognised(rows: list[Kind]) -> str:
     by = [f"`{kind.flag}`" for kind in rows if kind.flag]
     if values:
         by.append(f"`init_lora_weights`: {', '.join(f'`{value}`' for value in values)}")
+    if types := [name for kind in rows for name in kind.peft_type.split("|") if name]:
+        by.append(f"`peft_type`: {', '.join(f'`{name}`' for name in types)}")
     if any(kind.tensors for kind in rows):
         by.append("names of tensors")
     return ", ".join(by)
@@ -57,7 +66,7 @@ def test_the_docs_show_the_table():
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_rows_are_complete(kind):
-    assert kind.flag or kind.init or kind.tensors
+    assert kind.flag or kind.init or kind.tensors or kind.peft_type
     assert kind.read != bool(kind.way_out) and kind.read == bool(kind.update)
     assert kind.read or kind.what or kind.init  # an initialisation is named by its value
 
@@ -69,6 +78,46 @@ def test_every_flag_and_value_is_peft_s_own():
     for kind in KINDS:
         for value in filter(None, kind.init.removesuffix(".*").split("|")):
             assert f'"{value}' in source or f"'{value}'" in source, value
+
+
+def test_conversion_is_named_for_the_types_that_peft_converts():
+    """Those whose layers say so, as far as PEFT has them."""
+    instance = SimpleNamespace(get_base_layer=lambda: torch.nn.Linear(2, 2))
+    converted = set()
+    for peft_type, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items():
+        if peft_type != PeftType.LORA and find_spec(layers := tuner.__module__.replace(".model", ".layer")):
+            classes = [value for value in vars(import_module(layers)).values() if isinstance(value, type)]
+            if any(
+                issubclass(layer, BaseTunerLayer) and layer.supports_lora_conversion(instance)
+                for layer in classes
+            ):
+                converted.add(peft_type.value)
+    assert {
+        name for kind in KINDS if kind.way_out == TO_LORA for name in kind.peft_type.split("|")
+    } == converted
+
+
+@pytest.mark.parametrize("config", [LoHaConfig, LoKrConfig, MissConfig])
+def test_what_peft_converts_can_be_read(config, llama, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(llama), config(r=2, target_modules=["q_proj"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        InputError, match=r"not 'LORA'.*convert it to LoRA with PEFT's save_as_lora, or merge"
+    ):
+        read_adapter(tmp_path / "other")
+    peft.save_as_lora(tmp_path / "converted", model, rank=64)
+    fitted, tensors = read_adapter(tmp_path / "converted").fit(ModelTensors.of("base", base_tensors(llama)))
+    merged = model.merge_and_unload().state_dict()
+    for tensor, module in tensors.items():
+        W = base_tensors(llama)[tensor]
+        assert relative_error(W + fitted.factors(module).dense(), merged[tensor]) < 1e-4
+    monkeypatch.delattr(peft, "save_as_lora")
+    with pytest.raises(InputError, match=f"as factors; {MERGE_FIRST}"):
+        read_adapter(tmp_path / "other")
 
 
 @pytest.fixture

@@ -109,6 +109,43 @@ def test_rank_is_the_best_of_its_size_and_what_it_loses_is_said(llama, adapters,
     assert f"{min(shares):.1%} of model.layers" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "dtypes, named, want",
+    [
+        (("bfloat16", "bfloat16"), None, torch.bfloat16),
+        (("bfloat16", "float16"), None, torch.float32),  # neither holds the other's values
+        (("float16", "float64"), None, torch.float32),
+        (("float16", "float16"), "bfloat16", torch.bfloat16),
+    ],
+)
+def test_the_dtype_is_the_adapters_own(dtypes, named, want, llama, tmp_path):
+    """Unless the recipe names one; `check` says so before."""
+    paths = []
+    for name, dtype in zip("ab", dtypes):
+        paths.append(save_adapter(llama, tmp_path / name, seed=ord(name)))
+        file = paths[-1] / "adapter_model.safetensors"
+        save_file({k: t.to(getattr(torch, dtype)) for k, t in load_file(file).items()}, file)
+    config = recipe("core_tsv", llama, paths, **({"dtype": named} if named else {}))
+    said = CliRunner().invoke(main, ["check", str(write_recipe(tmp_path / "r.yml", config))])
+    assert (
+        f"adapter: can be written (adapter: true), {str(want).removeprefix('torch.')}, rank 8" in said.stdout
+    )
+    assert adapter_command(config, tmp_path / "out").exit_code == 0
+    tensors = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {want}
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    assert f"{nbytes:,} bytes" in said.stdout
+
+
+def test_a_factor_too_large_for_the_dtype(llama, adapters, tmp_path):
+    big = shutil.copytree(adapters[0], tmp_path / "big")
+    file = big / "adapter_model.safetensors"
+    save_file({k: 1e5 * t for k, t in load_file(file).items()}, file)
+    result = adapter_command(recipe("lora_task_arithmetic", llama, [big], dtype="float16"), tmp_path / "out")
+    assert result.exit_code == 1 and "too large for torch.float16; take float32" in result.output
+    assert not (tmp_path / "out/adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_only_the_adapter_by_the_command(llama, adapters, dtype, tmp_path):
     """The base's weights are not even there: only their headers are read."""
