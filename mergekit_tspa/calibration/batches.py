@@ -24,7 +24,8 @@ class Batch(NamedTuple):
         by_name: dict[str, list[Example]] = {}
         for name, example in texts:
             by_name.setdefault(name, []).append(example)
-        parts, examples = [], []
+        parts: list[tuple[str, slice]] = []
+        examples: list[Example] = []
         for name, own in by_name.items():
             parts.append((name, slice(len(examples), len(examples) + len(own))))
             examples += own

@@ -164,8 +164,10 @@ def _descend(
         with singles.merged(parameters):
             logits = answer_logits(singles, batch)
         apart = divergence(logits, [answer for own in drawn.values() for answer in own])
-        sizes = [sum(answer.example.answer_tokens for answer in own) for own in drawn.values()]
-        loss = torch.stack([part.mean() / zero[name] for name, part in zip(drawn, apart.split(sizes))]).mean()
+        # Each token's share: adapters count alike, and so do the tokens of an adapter.
+        sizes = {name: sum(answer.example.answer_tokens for answer in own) for name, own in drawn.items()}
+        shares = [torch.full((size,), 1 / (size * zero[name] * len(sizes))) for name, size in sizes.items()]
+        loss = apart @ torch.cat(shares).to(apart.device)
         if not torch.isfinite(loss):
             raise InputError("the distillation diverges; give a smaller rate")
         # Not backward(), which would leave gradients on the model if somebody trains it.

@@ -52,16 +52,21 @@ class Layer(NamedTuple):
         return _ROUTED.search(f"{self.path}.") is not None
 
     @property
+    def weight(self) -> Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
     def device(self) -> torch.device:
         """Where it computes; a streamed layer's values are elsewhere in the meantime."""
         hook = getattr(self.module, "_hf_hook", None)
         execution = getattr(hook, "execution_device", None)
-        return self.module.weight.device if execution is None else torch.device(execution)
+        return self.weight.device if execution is None else torch.device(execution)
 
     def values(self, base: ModelTensors) -> Tensor:
         """Its tensor, from the base's files where it is streamed."""
-        W: Tensor = self.module.weight
-        return base.part(self.tensor) if W.is_meta else W.detach()
+        return base.part(self.tensor) if self.weight.is_meta else self.weight.detach()
 
 
 def find_layers(model: nn.Module, base: ModelTensors, tensors: Iterable[str]) -> dict[str, Layer]:
@@ -183,7 +188,7 @@ def in_rows(layer: Layer, x: Tensor, rows: int, answer: bool = False) -> Tensor:
     if x.ndim == sides and x.shape[0] == rows:
         return x
     if x.ndim == sides - 1 and x.shape[0] % rows == 0:
-        return x.unflatten(0, (rows, -1))
+        return x.view(rows, -1, *x.shape[1:])
     raise InputError(
         f"{layer.tensor}: the layer sees something else than one input a token, {tuple(x.shape)} for {rows} texts; "
         "methods that use examples cannot merge it"

@@ -43,8 +43,9 @@ def load_model(
     except Exception as error:  # transformers raises many unrelated types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not to be loaded as a causal language model ({reason})") from error
-    model.requires_grad_(False).eval()
-    return model if options else model.to(device)
+    loaded: Model = model.requires_grad_(False)
+    loaded.eval()
+    return loaded if options else loaded.to(device)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -234,10 +234,10 @@ def answer_logits(singles: Singles, batch: Batch) -> Tensor:
         logits = singles.model(input_ids=batch.ids.to(singles.device), use_cache=False).logits
     if logits.ndim == 3:
         logits = logits[where.to(logits.device)]
-    logits = logits.float()
-    if not torch.isfinite(logits.detach()).all():
+    found: Tensor = logits.float()
+    if not torch.isfinite(found.detach()).all():
         raise InputError("the model's logits are NaN or infinite; load it in float32, or check the adapters")
-    return logits
+    return found
 
 
 @contextmanager

@@ -108,12 +108,12 @@ def load_statistics(file: Path, base: str | None = None, adapter: str | None = N
     if not file.is_file():
         raise InputError(f"{file}: there are no statistics of inputs there")
     with readable(file):
-        opened = safe_open(file, framework="pt")
+        opened: Any = safe_open(file, framework="pt")
         content = json.loads((opened.metadata() or {}).get("calibration", "{}"))
     if content.get("format") != FORMAT:
         raise InputError(f"{file}: holds no statistics of inputs that this version reads ({FORMAT!r}); make them again")
-    for what, wanted in (("base model", base), ("adapter", adapter)):
-        if wanted is not None and content.get(what.split()[0]) != wanted:
+    for what, wanted in (("base", base), ("adapter", adapter)):
+        if wanted is not None and content.get(what) != wanted:
             raise InputError(
                 f"{file}: these statistics are of another {what}, or of an earlier state of it; make them again"
             )
