@@ -69,8 +69,8 @@ def read_examples(
     Args:
         file: JSON lines in UTF-8
         tokenizer: of the base model
-        max_length: of an example in tokens, for instance the model's context; longer ones lose their end and are
-            counted
+        max_length: of an example in tokens, by default any; `context_length` gives the model's.  Longer ones lose
+            their end and are counted
         verbatim: take strings as they are although the tokenizer has a chat template
 
     Raises:
@@ -97,6 +97,11 @@ def read_examples(
     if not examples:
         raise InputError(f"{file}: holds no examples; {FORMATS}")
     return ExampleFile(tuple(examples), cut)
+
+
+def context_length(config: Any) -> int | None:
+    """How many tokens a model reads at once, by its configuration; None where that does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def assistant_header(tokenizer: Tokenizer) -> tuple[int, ...]:

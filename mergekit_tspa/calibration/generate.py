@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_tspa.calibration.examples import Example, Tokenizer, assistant_header
+from mergekit_tspa.calibration.examples import Example, Tokenizer, assistant_header, context_length
 from mergekit_tspa.calibration.layers import Progress, frozen, silent
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Pace, Singles
 from mergekit_tspa.errors import InputError
@@ -51,7 +51,7 @@ def write_answers(
         InputError: texts of an adapter that is not there, or logits that are NaN or infinite.
     """
     singles.check(texts)
-    context = getattr(singles.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(singles.model.config)
     room = max(1, context - new_tokens) if context else 0
     new_tokens = min(new_tokens, context - room) if context else new_tokens
     questions = [

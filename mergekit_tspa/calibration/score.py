@@ -170,12 +170,17 @@ def line_search(divergences: Callable[[float], Mapping[str, float]], grid: Seque
     for point in grid:
         measure(point)
     step = grid[1] - grid[0]
-    while (best := min(tried, key=tried.__getitem__)) in (low := min(tried), high := max(tried)):
-        further = low - step if best == low else high + step
+    while True:
+        points = sorted(tried)
+        best = min(points, key=tried.__getitem__)
+        if best not in (points[0], points[-1]):
+            break
+        further = best + step if best == points[-1] else best - step
         if not SMALLEST <= further <= LARGEST:
             return LambdaSearch(best, tried)
         measure(further)
-    below, here, above = (tried[min(tried, key=lambda p: abs(p - q))] for q in (best - step, best, best + step))
+    middle = points.index(best)
+    below, here, above = (tried[point] for point in points[middle - 1 : middle + 2])
     curvature = below - 2 * here + above
     shift = 0.5 * step * (below - above) / curvature if curvature > 0 else 0.0
     return LambdaSearch(best + shift, dict(sorted(tried.items())))

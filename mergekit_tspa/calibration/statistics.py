@@ -241,6 +241,7 @@ def merge_in_order(
 
     All texts are one batch.  When it comes to a layer, its inputs are taken by adapter, the layer's tensor is merged,
     and its answers have the merged update already.
+    Only factors are merged here: what adapters trained directly takes no part.
 
     Nguyen et al., RegMean++, 2025 (arXiv 2508.03121).
 

@@ -18,7 +18,7 @@ from mergekit_tspa.calibration.statistics import RANK, InputStatistics, Sketched
 from mergekit_tspa.errors import InputError
 
 FORMAT = "mergekit_tspa calibration 1"
-_SMALL = 65536  # bytes; tensors up to this size, norms for instance, tell apart bases of the same shapes
+_SMALL = 16384  # numbers; tensors up to this size, norms for instance, tell apart bases of the same shapes
 # What a configuration says of the program that wrote it, or of running the model, and not of the model.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
@@ -39,7 +39,7 @@ def hash_base(base: Checkpoint) -> str:
     found = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name, shape in sorted(base.shapes().items()):
         found.update(json.dumps([name, shape]).encode())
-        if 0 < torch.Size(shape).numel() <= _SMALL // 4:
+        if 0 < torch.Size(shape).numel() <= _SMALL:
             _add(found, base[name].to(torch.bfloat16))
     return found.hexdigest()
 
