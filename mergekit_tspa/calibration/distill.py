@@ -1,8 +1,8 @@
 """Distillation of the single adapters into one, from what they say of their own texts and without labels.
 
-Start from merged factors of rank r and lower `mean_t KL(p_t || p) / KL(p_t || p_base)`, where `p_t` is the next-token
-distribution of adapter t alone on its own texts and `p` that of the merge.  Only `B` and `A` are trained, in float32
-beside the base, whose precision stays.  This is no published method.
+Start from merged factors of rank r and lower `mean_t KL(p_t || p) / KL(p_t || p_base)`, where `p_t` is the
+next-token distribution of adapter t alone on its own texts and `p` that of the merge.  Only `B` and `A` are
+trained, in float32 beside the base, whose precision stays.  This is no published method.
 """
 
 import math
@@ -48,16 +48,16 @@ def distill(
 ) -> Distilled:
     """Train merged factors until they say what the single adapters say.
 
-    AdamW without weight decay, gradients clipped to norm 1, a linear warm-up and then half a cosine.  The factors are
-    balanced first (`B^T B = A A^T`), so that one rate suits both.  Some texts of each adapter are held out: the
-    factors that are best on them are the result, the start among them, and the training ends when `patience`
-    measurements in a row bring nothing.
+    AdamW without weight decay, gradients clipped to norm 1, a linear warm-up and then half a cosine.  The
+    factors are balanced first (`B^T B = A A^T`), so that one rate suits both.  Some texts of each adapter are
+    held out: the factors that are best on them are the result, the start among them, and the training ends
+    when `patience` measurements in a row bring nothing.
 
     Args:
         singles: the model, not streamed, and its adapters
         updates: to start from, by tensor of the base and in its orientation
-        answers: of the single adapters, computed once; see `single_answers`.  The rest of the vocabulary counts as
-            one token, which with 128 tokens kept changes nothing that can be measured
+        answers: of the single adapters, computed once; see `single_answers`.  The rest of the vocabulary
+            counts as one token, which with 128 tokens kept changes nothing that can be measured
         steps: of the optimiser
         texts_per_step: of each adapter
         rate: the largest learning rate
@@ -72,7 +72,9 @@ def distill(
         InputError: an adapter has fewer than two texts, the base is streamed, or the training diverges.
     """
     if any(parameter.is_meta for parameter in singles.model.parameters()):
-        raise InputError("distillation needs the whole base in memory, not streamed from disk: give more memory")
+        raise InputError(
+            "distillation needs the whole base in memory, not streamed from disk: give more memory"
+        )
     train, held = split_answers(answers, held_out, seed)
     zero = {name: max(own.divergence, NOTHING) for name, own in score(singles, {}, held).items()}
 
@@ -123,7 +125,9 @@ def split_answers(
     train, held = {}, {}
     for name, own in answers.items():
         if len(own) < 2:
-            raise InputError(f"{name}: distillation needs at least two texts of it, one of them to be held out")
+            raise InputError(
+                f"{name}: distillation needs at least two texts of it, one of them to be held out"
+            )
         shuffled = random.Random(seed_of(str(seed), name)).sample(list(own), len(own))
         count = min(len(own) - 1, max(1, round(held_out * len(own))))
         held[name], train[name] = shuffled[:count], shuffled[count:]

@@ -57,10 +57,11 @@ def read_examples(
     """Read a file with one JSON object a line, in any of these formats, which may differ from line to line:
 
     * `{"prompt", "completion"}`, both strings or both lists of messages.  Strings go through the tokenizer's
-      chat template as what a user and the assistant say, and are taken verbatim, followed by the token that ends
-      a text, where the tokenizer has no template.
+      chat template as what a user and the assistant say, and are taken verbatim, followed by the token that
+      ends a text, where the tokenizer has no template.
     * `{"prompt"}` alone: the adapter is to write the answer itself, and `completion` is None.
-    * `{"messages": [{"role", "content"}, ..]}`, through the chat template.  The last message is the completion if
+    * `{"messages": [{"role", "content"}, ..]}`, through the chat template.  The last message is the
+        completion if
       the assistant says it; otherwise there is none.
     * `{"text"}`, verbatim, followed by the token that ends a text.  All of it is the completion.
 
@@ -69,12 +70,13 @@ def read_examples(
     Args:
         file: JSON lines in UTF-8
         tokenizer: of the base model
-        max_length: of an example in tokens, by default any; `context_length` gives the model's.  Longer ones lose
-            their end and are counted
+        max_length: of an example in tokens, by default any; `context_length` gives the model's.  Longer ones
+            lose their end and are counted
         verbatim: take strings as they are although the tokenizer has a chat template
 
     Raises:
-        InputError: the file is missing or empty, or a line is not of these formats; with the number of the line.
+        InputError: the file is missing or empty, or a line is not of these formats; with the number of the
+            line.
     """
     try:
         content = file.read_text(encoding="utf-8")
@@ -107,8 +109,8 @@ def context_length(config: Any) -> int | None:
 def assistant_header(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens after which an adapter writes texts of its own kind with no prompt.
 
-    What the chat template puts before an answer, `<|im_start|>assistant` for instance; where there is no template,
-    or none that puts something there, the token that begins a text.
+    What the chat template puts before an answer, `<|im_start|>assistant` for instance; where there is no
+    template, or none that puts something there, the token that begins a text.
 
     Raises:
         InputError: the tokenizer has neither.
@@ -122,8 +124,8 @@ def assistant_header(tokenizer: Tokenizer) -> tuple[int, ...]:
         if token is not None:
             return (token,)
     raise InputError(
-        "the tokenizer has no chat template and no token that begins a text, so there is nothing an adapter could "
-        "write after: give prompts"
+        "the tokenizer has no chat template and no token that begins a text, so there is nothing an adapter "
+        "could write after: give prompts"
     )
 
 
@@ -194,7 +196,8 @@ class _Encoder:
     ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         if not self.tokenizer.chat_template:
             raise InputError(
-                "holds messages, but the tokenizer has no chat template; give prompt and completion as strings"
+                "holds messages, but the tokenizer has no chat template; give prompt and completion as "
+                "strings"
             )
         before = self._tokens(_render(self.tokenizer, prompt, True), special=False) if prompt else ()
         if completion is None:
@@ -218,7 +221,11 @@ def _checked(messages: Any, key: str) -> Sequence[Message]:
     if not isinstance(messages, list) or not messages:
         raise InputError(f"{key} is not a list with messages in it")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+        ):
             raise InputError(f'{key} holds something else than {{"role", "content"}}')
     return messages
 
@@ -227,14 +234,16 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], ask: bool) -> str
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
     except Exception:  # whatever a template raises, and it may quote the messages
-        raise InputError("the tokenizer's chat template does not take these messages (their roles or order)") from None
+        raise InputError(
+            "the tokenizer's chat template does not take these messages (their roles or order)"
+        ) from None
 
 
 def _split(prompt: tuple[int, ...], whole: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The whole as prompt and completion, at the end of what it shares with the prompt alone.
 
-    The whole is tokenized at once, as a model would read it, and some templates change the prompt once an answer
-    follows.
+    The whole is tokenized at once, as a model would read it, and some templates change the prompt once an
+    answer follows.
     """
     shared = 0
     while shared < min(len(prompt), len(whole)) and prompt[shared] == whole[shared]:

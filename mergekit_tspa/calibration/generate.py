@@ -34,13 +34,13 @@ def write_answers(
 ) -> dict[str, list[Example]]:
     """The texts, with an answer sampled by the text's own adapter wherever there is none.
 
-    What is drawn for an answer depends on the seed, on the adapter's name and on the text's position, so that other
-    adapters and the size of the batches change nothing of it but rounding.
+    What is drawn for an answer depends on the seed, on the adapter's name and on the text's position, so that
+    other adapters and the size of the batches change nothing of it but rounding.
 
     Args:
         singles: the model and its adapters
-        texts: by adapter; those with a completion stay as they are.  Of a prompt that leaves no room for the answer
-            in the model's context the end is kept, which asks for it
+        texts: by adapter; those with a completion stay as they are.  Of a prompt that leaves no room for the
+            answer in the model's context the end is kept, which asks for it
         new_tokens: an answer has at most so many
         seed: of the samples
         temperature: 1 samples what the adapter says, 0 takes the likeliest token
@@ -77,7 +77,8 @@ def self_texts(
 ) -> dict[str, list[Example]]:
     """Texts for users who have none: each adapter writes right after the chat template's assistant header.
 
-    With no question in between, which an adapter would have to invent first, it writes answers of its own kind.
+    With no question in between, which an adapter would have to invent first, it writes answers of its own
+    kind.
 
     Args:
         singles: the model and its adapters
@@ -134,7 +135,10 @@ def _sample(
         mask[row, longest - len(question.prompt) :] = 1
     draws = torch.stack([_draws(seed, question, new_tokens) for question in questions])
     names = [question.name for question in questions]
-    parts = [(name, slice(names.index(name), names.index(name) + names.count(name))) for name in dict.fromkeys(names)]
+    parts = [
+        (name, slice(names.index(name), names.index(name) + names.count(name)))
+        for name in dict.fromkeys(names)
+    ]
 
     answers: list[list[int]] = [[] for _ in questions]
     done = [False] * n

@@ -1,8 +1,8 @@
 """The layers of a model in memory that adapters change, and updates beside them.
 
-Updates are added by hooks of this package and not by PEFT's mixed batches (`adapter_names=`): the hooks take every
-kind of adapter that is read as factors, of mlx-lm, PiSSA or Conv1D layers for instance, need no copy of the model
-and no files, and let a layer's update appear while a pass goes on.
+Updates are added by hooks of this package and not by PEFT's mixed batches (`adapter_names=`): the hooks take
+every kind of adapter that is read as factors, of mlx-lm, PiSSA or Conv1D layers for instance, need no copy of
+the model and no files, and let a layer's update appear while a pass goes on.
 """
 
 import re
@@ -20,7 +20,9 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.updates import LoraFactors
 
 Progress: TypeAlias = Callable[[str, float, float | None], None]
-"""Hears of long work: what is being done, which fraction is done, and which fraction of an objective is left."""
+"""Hears of long work: what is being done, which fraction is done, and which fraction of an objective is
+left.
+"""
 
 _ROUTED = re.compile(r"expert[^.]*\.\d+\.")  # the path of a module that sees only tokens routed to it
 
@@ -83,14 +85,14 @@ def find_layers(model: nn.Module, base: ModelTensors, tensors: Iterable[str]) ->
         name = next((found for found in map(names.find, whole) if found), None)
         if name is None:
             raise InputError(
-                f"{tensor} of {base.name} is no layer of its own in the model, as the experts of a layer that run as "
-                "one tensor are not; methods that use examples cannot merge it"
+                f"{tensor} of {base.name} is no layer of its own in the model, as the experts of a layer "
+                "that run as one tensor are not; methods that use examples cannot merge it"
             )
         path = name.removesuffix(".weight")
         if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)):
             raise InputError(
-                f"{tensor} of {base.name} belongs to a {type(modules[path]).__name__}; methods that use examples merge "
-                "linear layers and embeddings only"
+                f"{tensor} of {base.name} belongs to a {type(modules[path]).__name__}; methods that use "
+                "examples merge linear layers and embeddings only"
             )
         found[path] = Layer(tensor, path, modules[path])
     order = {path: position for position, path in enumerate(modules)}
@@ -134,7 +136,11 @@ class Update(NamedTuple):
         """
         if layer.embedding:
             # Some embeddings multiply what they look up.
-            change = torch.nn.functional.embedding(x, self.A.mT) @ self.B.mT * getattr(layer.module, "embed_scale", 1)
+            change = (
+                torch.nn.functional.embedding(x, self.A.mT)
+                @ self.B.mT
+                * getattr(layer.module, "embed_scale", 1)
+            )
         else:
             change = (x.float() @ self.A.mT) @ self.B.mT
         if self.gain is None:
@@ -190,14 +196,16 @@ def in_rows(layer: Layer, x: Tensor, rows: int, answer: bool = False) -> Tensor:
     if x.ndim == sides - 1 and x.shape[0] % rows == 0:
         return x.view(rows, -1, *x.shape[1:])
     raise InputError(
-        f"{layer.tensor}: the layer sees something else than one input a token, {tuple(x.shape)} for {rows} texts; "
-        "methods that use examples cannot merge it"
+        f"{layer.tensor}: the layer sees something else than one input a token, {tuple(x.shape)} for {rows} "
+        "texts; methods that use examples cannot merge it"
     )
 
 
 @contextmanager
 def replaced_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """While this lasts some parameters, by their names in the model, have other values; then their own again."""
+    """While this lasts some parameters, by their names in the model, have other values; then their own
+    again.
+    """
     parameters = {name: model.get_parameter(name) for name in values}
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:

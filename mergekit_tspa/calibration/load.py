@@ -19,8 +19,9 @@ def load_model(
 ) -> Model:
     """A causal language model of transformers, without gradients.
 
-    A model that is larger than `memory` stays on disk in part: accelerate reads the tensors of a layer from the
-    checkpoint when the layer is called and lets go of them again, so that every pass reads all of them once.
+    A model that is larger than `memory` stays on disk in part: accelerate reads the tensors of a layer from
+    the checkpoint when the layer is called and lets go of them again, so that every pass reads all of them
+    once.
 
     Args:
         path: a directory

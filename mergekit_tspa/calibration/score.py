@@ -1,4 +1,6 @@
-"""How close merged updates come to the single adapters, measured in memory on the single adapters' own texts."""
+"""How close merged updates come to the single adapters, measured in memory on the single adapters' own
+texts.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +26,9 @@ SMALLEST, LARGEST = 0.25, 2.5  # of lambda
 class Answers(NamedTuple):
     """What a single adapter says of each token of its answer: its likeliest tokens, and the rest as one.
 
-    In this form 128 tokens and their probabilities stand for a vocabulary of 50 or 150 thousand.  The divergence
-    from it is that of the distributions with all other tokens taken as one: never above the exact one, and equal to
-    it for as many tokens as the vocabulary has.
+    In this form 128 tokens and their probabilities stand for a vocabulary of 50 or 150 thousand.  The
+    divergence from it is that of the distributions with all other tokens taken as one: never above the exact
+    one, and equal to it for as many tokens as the vocabulary has.
     """
 
     example: Example
@@ -103,11 +105,13 @@ def score(
         scale: factor on the updates
         batch_tokens: in a pass
     """
-    losses, divergences, counts = ({name: 0.0 for name in answers} for _ in range(3))
+    losses, divergences, counts = (dict.fromkeys(answers, 0.0) for _ in range(3))
     with frozen(singles.model), singles.merged(updates, scale):
         for batch, targets in answer_batches(answers, batch_tokens):
             logits = answer_logits(singles, batch)
-            loss = torch.nn.functional.cross_entropy(logits, _answer_ids(batch).to(logits.device), reduction="none")
+            loss = torch.nn.functional.cross_entropy(
+                logits, _answer_ids(batch).to(logits.device), reduction="none"
+            )
             start = 0
             apart = divergence(logits, targets)
             for name, example in _owners(batch):
@@ -146,16 +150,18 @@ class LambdaSearch(NamedTuple):
     tried: Mapping[float, float]  # mean_t KL_t(lambda) / KL_t(0) by lambda
 
 
-def line_search(divergences: Callable[[float], Mapping[str, float]], grid: Sequence[float] = GRID) -> LambdaSearch:
+def line_search(
+    divergences: Callable[[float], Mapping[str, float]], grid: Sequence[float] = GRID
+) -> LambdaSearch:
     """The lambda that minimises `mean_t KL_t(lambda) / KL_t(0)`.
 
-    The grid goes on at an end that is the best so far, from .25 to 2.5.  A parabola through the best of its points
-    and the two beside it gives the result.  The texts may be those that gave the statistics; a few of each adapter
-    are enough.
+    The grid goes on at an end that is the best so far, from .25 to 2.5.  A parabola through the best of its
+    points and the two beside it gives the result.  The texts may be those that gave the statistics; a few of
+    each adapter are enough.
 
     Args:
-        divergences: from lambda to `KL_t` by adapter.  An adapter whose `KL_t(0)` is 0 says what the base says, and
-            does not count
+        divergences: from lambda to `KL_t` by adapter.  An adapter whose `KL_t(0)` is 0 says what the base
+            says, and does not count
         grid: at least three points, increasing, all equally far apart
     """
     start = {name: kl for name, kl in divergences(0.0).items() if kl > NOTHING}

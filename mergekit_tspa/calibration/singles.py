@@ -33,10 +33,10 @@ Model: TypeAlias = Any  # a PreTrainedModel that predicts the next token
 class Singles:
     """A base model in memory, and adapters of it.
 
-    One pass serves texts of all adapters: the base's tensors are read once, and a layer adds to each row the update
-    of the row's own adapter.  Two kinds of adapters need passes of their own: those that also trained tensors
-    directly, whose values are put into the model while their pass lasts, and those of layers that a router sends
-    tokens to, which see no rows.
+    One pass serves texts of all adapters: the base's tensors are read once, and a layer adds to each row the
+    update of the row's own adapter.  Two kinds of adapters need passes of their own: those that also trained
+    tensors directly, whose values are put into the model while their pass lasts, and those of layers that a
+    router sends tokens to, which see no rows.
 
     Args:
         model: of transformers, in any precision, on any device, also streamed from disk
@@ -44,7 +44,8 @@ class Singles:
         adapters: as read, with different names
 
     Raises:
-        InputError: two names are equal, an adapter does not fit the base, or it changes what is no linear layer.
+        InputError: two names are equal, an adapter does not fit the base, or it changes what is no linear
+            layer.
     """
 
     def __init__(self, model: Model, base: ModelTensors, adapters: Sequence[Adapter]):
@@ -119,7 +120,9 @@ class Singles:
             updates: by tensor of the base, in its orientation; tensors without one are the base's
             scale: factor on all of them
         """
-        added = {tensor: [(EVERYTHING, Update.of(f, self.layer(tensor), scale))] for tensor, f in updates.items()}
+        added = {
+            tensor: [(EVERYTHING, Update.of(f, self.layer(tensor), scale))] for tensor, f in updates.items()
+        }
         with beside([self.layer(tensor) for tensor in updates], added, 1):
             yield
 
@@ -127,8 +130,8 @@ class Singles:
     def read(self, batch: Batch) -> None:
         """Let a batch pass through the model, for what hooks see of it.
 
-        Padding is on the right, where no token of a text sees it, and needs no mask.  The head, which is as large as
-        many layers, is left out unless it is adapted.
+        Padding is on the right, where no token of a text sees it, and needs no mask.  The head, which is as
+        large as many layers, is left out unless it is adapted.
         """
         body = self.model if self.adapts_head else self.model.base_model
         with frozen(self.model):
@@ -170,7 +173,9 @@ class Singles:
             found = next((n for n in map(names.find, self.base.places(tensor)) if n), None)
             if found is None or parameters[found].is_meta:
                 why = "is no parameter of the model in memory" if found is None else "is streamed from disk"
-                raise InputError(f"{name}: it trained {tensor} itself, which {why}; give more memory, or leave it out")
+                raise InputError(
+                    f"{name}: it trained {tensor} itself, which {why}; give more memory, or leave it out"
+                )
             W = parameters[found].detach()
             rows = ... if change.rows is None else change.rows.to(W.device)
             values[found] = W.float().clone()

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.files import read_json, readable, replaced
-from mergekit_tspa.calibration.statistics import RANK, InputStatistics, SketchedInputs
+from mergekit_tspa.calibration.moments import RANK, InputStatistics, SketchedInputs
 from mergekit_tspa.errors import InputError
 
 FORMAT = "mergekit_tspa calibration 1"
@@ -31,8 +31,8 @@ def calibration_file(folder: Path, adapter: str) -> Path:
 def hash_base(base: Checkpoint) -> str:
     """SHA-256 of the configuration, of all tensors' names and shapes, and of the values of the small ones.
 
-    Large tensors are not read, so this takes no time.  A copy in another precision or in other shards is the same
-    base; a fine-tuned one has other norms and is not.
+    Large tensors are not read, so this takes no time.  A copy in another precision or in other shards is the
+    same base; a fine-tuned one has other norms and is not.
     """
     config = read_json(base.directory / "config.json")
     kept = {key: value for key, value in config.items() if key not in _VOLATILE}
@@ -94,7 +94,9 @@ def save_statistics(
         save_file(tensors, partial, metadata={"calibration": json.dumps(content)})
 
 
-def load_statistics(file: Path, base: str | None = None, adapter: str | None = None) -> dict[str, InputStatistics]:
+def load_statistics(
+    file: Path, base: str | None = None, adapter: str | None = None
+) -> dict[str, InputStatistics]:
     """Read statistics by tensor of the base; tensors with the same input have the same object.
 
     Args:
@@ -111,11 +113,14 @@ def load_statistics(file: Path, base: str | None = None, adapter: str | None = N
         opened: Any = safe_open(file, framework="pt")
         content = json.loads((opened.metadata() or {}).get("calibration", "{}"))
     if content.get("format") != FORMAT:
-        raise InputError(f"{file}: holds no statistics of inputs that this version reads ({FORMAT!r}); make them again")
+        raise InputError(
+            f"{file}: holds no statistics of inputs that this version reads ({FORMAT!r}); make them again"
+        )
     for what, wanted in (("base", base), ("adapter", adapter)):
         if wanted is not None and content.get(what) != wanted:
             raise InputError(
-                f"{file}: these statistics are of another {what}, or of an earlier state of it; make them again"
+                f"{file}: these statistics are of another {what}, or of an earlier state of it; make them "
+                "again"
             )
     with readable(file):
         inputs = [_checked(opened, number, tokens, file) for number, tokens in enumerate(content["tokens"])]

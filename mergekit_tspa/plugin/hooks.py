@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
-from click import ClickException
 
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin import compat
+from mergekit_tspa.plugin.printed import PrintedError
 from mergekit_tspa.plugin.spelling import read_path, read_reference, written
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ Hook: TypeAlias = Callable[..., Any]
 
 _registered: list[AdapterMergeMethod] = []
 _said = False  # whether it was said that mergekit does not fit
-
-
-class PrintedError(ClickException, InputError):  # type: ignore[misc]  # both set `message`, to the same
-    """What `mergekit-yaml` and `mergekit-multi` print as one sentence, where they would show a traceback."""
 
 
 def extend(module: ModuleType) -> None:

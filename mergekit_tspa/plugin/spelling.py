@@ -9,11 +9,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from click import ClickException
-
-
-class UnclearReference(ClickException, RuntimeError):
-    """A reference that cannot be read; printed as one sentence by mergekit's own commands too."""
+from mergekit_tspa.plugin.printed import UnclearReference
 
 
 def read_path(value: Any) -> Any:

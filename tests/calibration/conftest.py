@@ -42,7 +42,10 @@ def random_texts(names, count: int = 3, seed: int = 0, longest: int = 14) -> dic
     def words(n: int) -> tuple[int, ...]:
         return tuple(torch.randint(0, 96, (n,), generator=generator).tolist())
 
-    return {name: [Example(words(draw(1, 6)), words(draw(2, longest - 5))) for _ in range(count)] for name in names}
+    return {
+        name: [Example(words(draw(1, 6)), words(draw(2, longest - 5))) for _ in range(count)]
+        for name in names
+    }
 
 
 def singles_of(base: Path, adapters: list[Path], dtype: torch.dtype = torch.float32) -> Singles:

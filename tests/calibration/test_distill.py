@@ -27,7 +27,9 @@ def test_distillation_lowers_the_divergence(setting, llama):
     singles, answers, start = setting
     copies = {tensor: LoraFactors(f.B.clone(), f.A.clone()) for tensor, f in start.items()}
     heard = []
-    found = distill(singles, start, answers, steps=24, every=4, rate=1e-2, progress=lambda *a: heard.append(a))
+    found = distill(
+        singles, start, answers, steps=24, every=4, rate=1e-2, progress=lambda *a: heard.append(a)
+    )
     assert found.end < 0.95 * found.start and 0 < found.steps <= 24
     # On texts that it was not trained on, and of the ranks that it started from.
     others = single_answers(singles, random_texts(singles.names, count=8, seed=1))

@@ -59,7 +59,10 @@ def test_formats_go_through_the_chat_template(tmp_path, row, prompt, completion)
 @pytest.mark.parametrize("template", [True, False])
 def test_strings_verbatim(tmp_path, template):
     file, options = tmp_path / "a.jsonl", {"verbatim": True} if template else {}
-    assert read_one(file, {"prompt": "w1 w2", "completion": " w3"}, template, **options) == ("w1 w2", "w3 </s>")
+    assert read_one(file, {"prompt": "w1 w2", "completion": " w3"}, template, **options) == (
+        "w1 w2",
+        "w3 </s>",
+    )
     assert read_one(file, {"prompt": "w1 w2"}, template, **options) == ("w1 w2", None)
     # An end that is there already is not repeated.
     assert read_one(file, {"text": "w1 </s>"}, template, **options) == ("", "w1 </s>")
@@ -83,7 +86,9 @@ def test_a_line_may_hold_any_character(tmp_path):
 def test_long_texts_lose_their_end_and_are_counted(tmp_path):
     long = "w0 w1 w2 w3 w4 w5 w6 w7"
     rows = [{"prompt": "w1 ", "completion": long}, {"prompt": long, "completion": " w3"}, {"prompt": "w1"}]
-    (first, second, third), cut = read_examples(write(tmp_path / "a.jsonl", *rows), tiny_tokenizer(None), max_length=6)
+    (first, second, third), cut = read_examples(
+        write(tmp_path / "a.jsonl", *rows), tiny_tokenizer(None), max_length=6
+    )
     assert cut == 2
     assert (first.prompt, first.completion) == ((1,), (0, 1, 2, 3, 4))
     # It is nobody's to write an answer that was cut away.
@@ -99,7 +104,10 @@ def test_long_texts_lose_their_end_and_are_counted(tmp_path):
         ({"question": "secret"}, "no prompt, messages or text"),
         ({"prompt": "secret", "text": "secret"}, "has prompt and text"),
         ({"prompt": 3}, "must both be strings"),
-        ({"prompt": "secret", "completion": [{"role": "assistant", "content": "secret"}]}, "must both be strings"),
+        (
+            {"prompt": "secret", "completion": [{"role": "assistant", "content": "secret"}]},
+            "must both be strings",
+        ),
         ({"prompt": []}, "prompt is not a list with messages"),
         ({"text": ""}, "text is not a string"),
         ({"text": ["secret"]}, "text is not a string"),

@@ -10,7 +10,9 @@ from tests.calibration.conftest import peft_model, random_texts, singles_of, tin
 
 
 def prompts(names, count=4):
-    return {name: [Example(e.prompt, None, "7") for e in own] for name, own in random_texts(names, count).items()}
+    return {
+        name: [Example(e.prompt, None, "7") for e in own] for name, own in random_texts(names, count).items()
+    }
 
 
 def test_greedy_answers_are_those_of_peft_one_text_at_a_time(family):
@@ -46,7 +48,9 @@ def test_texts_with_answers_stay_and_answers_end(llama, adapters):
     free = write_answers(singles, {"one": [given, Example((1, 2), None)]}, new_tokens=20, stop=())["one"]
     assert free[0] is given and len(free[1].completion) == 20
     end = free[1].completion[5]
-    stopped = write_answers(singles, {"one": [given, Example((1, 2), None)]}, new_tokens=20, stop=[end])["one"]
+    stopped = write_answers(singles, {"one": [given, Example((1, 2), None)]}, new_tokens=20, stop=[end])[
+        "one"
+    ]
     assert stopped[1].completion == free[1].completion[: free[1].completion.index(end) + 1]
     singles.model.generation_config.eos_token_id = [end]
     assert write_answers(singles, {"one": [given, Example((1, 2), None)]}, new_tokens=20)["one"] == stopped

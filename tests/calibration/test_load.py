@@ -8,12 +8,12 @@ from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.calibration.distill import distill
 from mergekit_tspa.calibration.load import load_model, load_tokenizer
+from mergekit_tspa.calibration.moments import input_statistics, merge_in_order
 from mergekit_tspa.calibration.score import score, single_answers
 from mergekit_tspa.calibration.singles import Singles
-from mergekit_tspa.calibration.statistics import input_statistics, merge_in_order
 from mergekit_tspa.errors import InputError
 from tests.calibration.conftest import random_texts, tiny_tokenizer
-from tests.calibration.test_statistics import compare, solver
+from tests.calibration.test_moments import compare, solver
 from tests.conftest import relative_error, save_adapter
 
 

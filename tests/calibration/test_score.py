@@ -86,7 +86,10 @@ def test_a_single_adapter_is_no_distance_from_itself(llama, adapters):
 def test_few_kept_tokens_bound_the_divergence_from_below(llama, adapters):
     singles = singles_of(llama, adapters)
     texts = random_texts(singles.names)
-    by_top = [score(singles, {}, single_answers(singles, texts, top))["three"].divergence for top in (1, 8, 48, 95, 96)]
+    by_top = [
+        score(singles, {}, single_answers(singles, texts, top))["three"].divergence
+        for top in (1, 8, 48, 95, 96)
+    ]
     assert by_top == sorted(by_top)
     assert by_top[0] < 0.9 * by_top[-1]
     assert by_top[-2] == pytest.approx(by_top[-1], rel=1e-3)
@@ -103,7 +106,9 @@ def test_texts_without_answers_are_left_out(llama, adapters):
 
 def test_adapted_heads_are_scored(tmp_path):
     base = save_llama(tmp_path / "base", tie_word_embeddings=False)
-    path = save_adapter(base, tmp_path / "a", target_modules=["lm_head", "q_proj"], save_embedding_layers=False)
+    path = save_adapter(
+        base, tmp_path / "a", target_modules=["lm_head", "q_proj"], save_embedding_layers=False
+    )
     singles = singles_of(base, [path])
     texts = random_texts(["a"])
     found = score(singles, {}, single_answers(singles, texts, top=96))["a"]
@@ -146,7 +151,9 @@ def test_search_of_lambda(llama, adapters):
     singles, heard = singles_of(llama, adapters[:1]), []
     answers = single_answers(singles, random_texts(["one"]))
     half = {tensor: factors.scaled(0.5) for tensor, factors in singles.factors["one"].items()}
-    found = search_lambda(singles, half, answers, progress=lambda stage, done, left: heard.append((stage, done)))
+    found = search_lambda(
+        singles, half, answers, progress=lambda stage, done, left: heard.append((stage, done))
+    )
     assert found.lambda_ == pytest.approx(2, abs=0.1)
     assert min(found.tried.values()) < 0.01
     assert heard[0] == ("lambda of one", 0.25) and heard[-1][1] == 1

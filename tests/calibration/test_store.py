@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_tspa.adapters import read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.calibration.statistics import SketchedInputs, input_statistics
+from mergekit_tspa.calibration.moments import SketchedInputs, input_statistics
 from mergekit_tspa.calibration.store import (
     calibration_file,
     hash_adapter,
@@ -68,7 +68,11 @@ def test_files_that_hold_no_sound_statistics(stored, adapters, tmp_path):
     size = int.from_bytes(whole[:8], "little")
     metadata = json.loads(whole[8 : 8 + size])["__metadata__"]
     file.write_bytes(whole)
-    for part, change in (("0.rest", lambda x: -x - 1), ("0.values", lambda x: x * torch.nan), ("0.U", lambda x: x[:3])):
+    for part, change in (
+        ("0.rest", lambda x: -x - 1),
+        ("0.values", lambda x: x * torch.nan),
+        ("0.U", lambda x: x[:3]),
+    ):
         tensors = load_file(file)
         tensors[part] = change(tensors[part]).contiguous()
         save_file(tensors, tmp_path / "bad", metadata=metadata)

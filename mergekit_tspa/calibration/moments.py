@@ -1,4 +1,6 @@
-"""Second moments of the inputs of adapted layers, `C_t = mean x x^T` while the model reads texts with adapter t."""
+"""Second moments of the inputs of adapted layers, `C_t = mean x x^T` while the model reads texts with adapter
+t.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -8,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_tspa.calibration.batches import Batch, Texts
-from mergekit_tspa.calibration.layers import EVERYTHING, Layer, Parts, Progress, Update, beside, in_rows, silent
+from mergekit_tspa.calibration.layers import (
+    EVERYTHING,
+    Layer,
+    Parts,
+    Progress,
+    Update,
+    beside,
+    in_rows,
+    silent,
+)
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Pace, Singles
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import finite, leading_triplets
@@ -74,8 +85,8 @@ class DenseMoment:
 class SketchedMoment:
     """The largest directions of `sum x x^T`, and its diagonal, in memory linear in d.
 
-    `2 k` directions are kept from batch to batch: the leading right singular vectors of those so far, times their
-    singular values, stacked on the batch.  At the end they give `k`.
+    `2 k` directions are kept from batch to batch: the leading right singular vectors of those so far, times
+    their singular values, stacked on the batch.  At the end they give `k`.
     """
 
     def __init__(self, d: int, k: int, device: torch.device):
@@ -125,7 +136,8 @@ Moment: TypeAlias = DenseMoment | SketchedMoment | CountedMoment
 class Inputs:
     """Takes the moments of the inputs of layers by adapter, those of one input once.
 
-    Layers that are given the very same tensor, such as query, key and value or gate and up, share its moments.
+    Layers that are given the very same tensor, such as query, key and value or gate and up, share its
+    moments.
     """
 
     def __init__(self, singles: Singles, k: int, dense_up_to: int, keep: bool = True):
@@ -168,7 +180,9 @@ class Inputs:
         return self.moments[key]
 
     def _inputs(self, layer: Layer, x: Tensor, batch: Batch, name: str, part: slice) -> Tensor:
-        """The inputs at tokens of one adapter's texts; of a layer that a router sends tokens to, all there are."""
+        """The inputs at tokens of one adapter's texts; of a layer that a router sends tokens to, all there
+        are.
+        """
         if layer.routed:
             X = x.flatten(0, -2)
         else:
@@ -178,8 +192,8 @@ class Inputs:
         X = X.float()
         if not finite(X):
             raise InputError(
-                f"{layer.tensor}: the model in {str(x.dtype).removeprefix('torch.')} with {name} gives this layer "
-                "inputs that are NaN or infinite; load it in float32, or check the adapter"
+                f"{layer.tensor}: the model in {str(x.dtype).removeprefix('torch.')} with {name} gives this "
+                "layer inputs that are NaN or infinite; load it in float32, or check the adapter"
             )
         return X
 
@@ -194,7 +208,8 @@ def input_statistics(
 ) -> dict[str, dict[str, InputStatistics]]:
     """Moments of the inputs of every tensor that an adapter changes, while it reads its own texts.
 
-    All adapters go through the model side by side, in as many passes as there are batches.  Padding does not count.
+    All adapters go through the model side by side, in as many passes as there are batches.  Padding does not
+    count.
 
     Args:
         singles: the model and its adapters
@@ -237,10 +252,11 @@ def merge_in_order(
     dense_up_to: int = DENSE_UP_TO,
     progress: Progress = silent,
 ) -> dict[str, LoraFactors]:
-    """RegMean++: merge layer by layer, on the inputs that the model merged below a layer gives it, in one pass.
+    """RegMean++: merge layer by layer, on the inputs that the model merged below a layer gives it, in one
+    pass.
 
-    All texts are one batch.  When it comes to a layer, its inputs are taken by adapter, the layer's tensor is merged,
-    and its answers have the merged update already.
+    All texts are one batch.  When it comes to a layer, its inputs are taken by adapter, the layer's tensor is
+    merged, and its answers have the merged update already.
     Only factors are merged here: what adapters trained directly takes no part.
 
     Nguyen et al., RegMean++, 2025 (arXiv 2508.03121).
@@ -248,8 +264,9 @@ def merge_in_order(
     Args:
         singles: the model and its adapters
         texts: by adapter; all their tokens are in memory at once
-        solve: from a tensor's name and the statistics of the adapters that change it, in their order, to the merged
-            update in the base's orientation.  A factor lambda that it applies acts on the layers above, too
+        solve: from a tensor's name and the statistics of the adapters that change it, in their order, to the
+            merged update in the base's orientation.  A factor lambda that it applies acts on the layers
+            above, too
         k: columns of a sketch
         dense_up_to: the largest d_in whose matrix is kept whole
 

@@ -9,14 +9,14 @@ from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.calibration.batches import make_batches
 from mergekit_tspa.calibration.examples import Example
 from mergekit_tspa.calibration.layers import Update, beside
-from mergekit_tspa.calibration.singles import Singles
-from mergekit_tspa.calibration.statistics import (
+from mergekit_tspa.calibration.moments import (
     DenseInputs,
     SketchedInputs,
     SketchedMoment,
     input_statistics,
     merge_in_order,
 )
+from mergekit_tspa.calibration.singles import Singles
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.rules.regmean import low_rank_moment, regmean
 from mergekit_tspa.updates import LoraFactors
@@ -29,7 +29,9 @@ def plain(model: torch.nn.Module, modules: dict[str, torch.nn.Module], texts) ->
     """`mean x x^T` by tensor, from one text at a time, without padding."""
     seen = {tensor: [] for tensor in modules}
     hooks = [
-        module.register_forward_pre_hook(lambda _m, args, tensor=tensor: seen[tensor].append(args[0].flatten(0, -2)))
+        module.register_forward_pre_hook(
+            lambda _m, args, tensor=tensor: seen[tensor].append(args[0].flatten(0, -2))
+        )
         for tensor, module in modules.items()
     ]
     for example in texts:
@@ -112,7 +114,9 @@ def test_dora_pissa_and_trained_tensors(llama, tmp_path):
 
 def test_embeddings_have_the_shares_of_their_rows(tmp_path):
     base = save_llama(tmp_path / "base", tie_word_embeddings=False)
-    path = save_adapter(base, tmp_path / "a", target_modules=["embed_tokens", "q_proj"], save_embedding_layers=False)
+    path = save_adapter(
+        base, tmp_path / "a", target_modules=["embed_tokens", "q_proj"], save_embedding_layers=False
+    )
     singles = singles_of(base, [path])
     texts = {"a": [Example((3, 3, 5), (7,))]}
     found = input_statistics(singles, texts)["a"]
@@ -125,7 +129,9 @@ def test_embeddings_have_the_shares_of_their_rows(tmp_path):
 
 def test_an_adapted_head_is_read(tmp_path):
     base = save_llama(tmp_path / "base", tie_word_embeddings=False)
-    path = save_adapter(base, tmp_path / "a", target_modules=["lm_head", "q_proj"], save_embedding_layers=False)
+    path = save_adapter(
+        base, tmp_path / "a", target_modules=["lm_head", "q_proj"], save_embedding_layers=False
+    )
     singles = singles_of(base, [path])
     texts = random_texts(["a"])
     compare(input_statistics(singles, texts)["a"], by_peft(base, path, singles, texts["a"]))
@@ -273,7 +279,9 @@ def test_batches_hold_alike_texts():
     batches = make_batches(texts, 60)
     assert sum(len(batch.examples) for batch in batches) == 40
     assert all(batch.ids.numel() <= 60 for batch in batches)
-    assert sum(int(batch.counts.sum()) for batch in batches) > 0.8 * sum(batch.ids.numel() for batch in batches)
+    assert sum(int(batch.counts.sum()) for batch in batches) > 0.8 * sum(
+        batch.ids.numel() for batch in batches
+    )
     assert any(len(batch.parts) == 2 for batch in batches)
     assert all(len(batch.parts) == 1 for batch in make_batches(texts, 60, apart=True))
     assert all(batch.counts.all() for batch in make_batches(texts, 60, padded=False))
