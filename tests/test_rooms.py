@@ -134,7 +134,8 @@ def test_what_is_imported_is_declared():
     for file in FILES:
         allowed = needed | report if place(file) in REPORT_FILES else needed
         assert tops(file) <= allowed, f"{file}: {tops(file) - allowed}"
-    assert needed | report == set().union(*map(tops, FILES))
+    # accelerate is what transformers offloads a large base with.
+    assert (needed | report) - {"accelerate"} == set().union(*map(tops, FILES))
     assert declared("dev") >= {"mergekit_tspa"}, "which brings the extra `report`"
 
 
