@@ -64,6 +64,7 @@ class Method:
     result: ResultRank
     merge: MergeFunction
     parameters: type[Parameters] = Parameters
+    weight: str = "linear"  # what an adapter's coefficient does, as the method table shows it
     min_weight: float = float("-inf")  # smallest `weight` the method is defined for
     attention: bool = False  # looks at attention products, hence at the base's tensors
     solves: bool = False  # iterates, so that it is done, and can fail, before anything is written

@@ -21,6 +21,15 @@ class Section(NamedTuple):
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+_NOTE = (
+    "`weight` is linear where a single adapter of weight 2 brings twice what it brings at weight 1. In a mean only the "
+    "ratios of the weights matter. `factor_` methods multiply `B` and `A` each by the root of the weight. Beside the updates, in every "
+    "method: the magnitudes of DoRA are averaged, with `a_t / max(1, sum |a_t|)`, and so are tensors that adapters "
+    "trained directly, with `a_t / sum |a_t|`, where the weight of a single adapter is without effect."
+)
 
 
 def sections() -> list[Section]:
@@ -30,18 +39,27 @@ def sections() -> list[Section]:
     return [
         Section(
             "Methods of their own",
-            ("`merge_method`", "what it does", "needs", "rank of the result", "own parameters", "paper"),
+            (
+                "`merge_method`",
+                "what it does",
+                "needs",
+                "rank of the result",
+                "weight",
+                "own parameters",
+                "paper",
+            ),
             [_method_row(method) for method in own],
         ),
         Section(
             "A rule in a space, `<space>_<rule>`: the rules",
-            ("rule", "what it does with the updates", "spaces", "own parameters", "paper"),
+            ("rule", "what it does with the updates", "spaces", "weight", "own parameters", "paper"),
             [_rule_row(rule) for rule in RULES],
         ),
         Section(
             "The spaces",
             ("space", "where the updates are compared", "rank of the result", "own parameters", "paper"),
             [_space_row(space) for space in SPACES],
+            _NOTE,
         ),
     ]
 
@@ -49,9 +67,10 @@ def sections() -> list[Section]:
 def markdown() -> str:
     """All sections as Markdown tables."""
     parts = []
-    for title, columns, rows in sections():
+    for title, columns, rows, note in sections():
         lines = [f"**{title}**", "", _line(columns), "|" + "---|" * len(columns), *map(_line, rows)]
         parts.append("\n".join(lines))
+        parts += [note] if note else []
     return "\n\n".join(parts)
 
 
@@ -82,7 +101,7 @@ def about(name: str) -> str:
         "",
     ]
     lines += [f"- needs: {_needs(method)}", f"- rank of the result: {method.result.label}"]
-    lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
+    lines += [f"- `weight` 1.0 (per adapter): weight of the adapter; {method.weight}"]
     lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
     return "\n".join(lines)
 
@@ -129,6 +148,7 @@ def _method_row(method: Method) -> tuple[str, ...]:
         method.summary,
         _needs(method),
         method.result.label,
+        method.weight,
         _parameters(method.parameters),
         _paper(method.paper, method.url),
     )
@@ -141,6 +161,7 @@ def _rule_row(rule: Rule) -> tuple[str, ...]:
         f"`_{rule.name}`",
         rule.summary,
         f"all but {', '.join(refused)}" if refused else "all",
+        rule.weight,
         _parameters(whole.parameters),
         _paper(rule.paper, rule.url),
     )

@@ -114,3 +114,15 @@ def test_bad_calls():
     ]:
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("tspa")])
+def test_weight_does_what_the_table_says(method):
+    """Of a single adapter: a linear weight scales what it brings, a share of a mean has no effect."""
+    f = {"m": random_factors([3])[0]}
+    once, twice = (merge_adapters(method, [f], [a])["m"].dense() for a in (1.0, 2.0))
+    linear = METHODS[method].weight == "linear" or method == "factor_ties"  # whose convention is PEFT's
+    assert relative_error(twice, 2 * once if linear else once) < 1e-5
+    if "normalize" in METHODS[method].parameter_fields():
+        once, twice = (merge_adapters(method, [f], [a], normalize=False)["m"].dense() for a in (1.0, 2.0))
+        assert relative_error(twice, 2 * once) < 1e-5
