@@ -154,6 +154,7 @@ def _method(space: Space, rule: Rule) -> Method:
         record=recorded and (lambda w: record_in_space(space, rule, recorded, w)),
         parameters=_parameters(space, rule),
         weight=rule.weight,
+        split=space.split if entrywise else "no",
         check=lambda plans: _check(space, rule, plans),
         elects=rule.elects,
         equal_ranks=space.equal_ranks,

@@ -28,7 +28,10 @@ _NOTE = (
     "`weight` is linear where a single adapter of weight 2 brings twice what it brings at weight 1. In a mean only the "
     "ratios of the weights matter. `factor_` methods multiply `B` and `A` each by the root of the weight. Beside the updates, in every "
     "method: the magnitudes of DoRA are averaged, with `a_t / max(1, sum |a_t|)`, and so are tensors that adapters "
-    "trained directly, with `a_t / sum |a_t|`, where the weight of a single adapter is without effect."
+    "trained directly, with `a_t / sum |a_t|`, where the weight of a single adapter is without effect.\n\n"
+    "The split: an adapter with `B G` and `G^-1 A` makes the same update as one with `B` and `A`, and so does one that "
+    "holds more of its scale in `B`. Methods that depend on it merge the two to different results. Of the rules in a "
+    "space those on entries can, all but sums (`_task_arithmetic`, `_mean`) and spectral rules (`_tsv`, `_iso`, `_cart`)."
 )
 
 
@@ -45,6 +48,7 @@ def sections() -> list[Section]:
                 "needs",
                 "rank of the result",
                 "weight",
+                "depends on the split",
                 "own parameters",
                 "paper",
             ),
@@ -57,7 +61,14 @@ def sections() -> list[Section]:
         ),
         Section(
             "The spaces",
-            ("space", "where the updates are compared", "rank of the result", "own parameters", "paper"),
+            (
+                "space",
+                "where the updates are compared",
+                "rank of the result",
+                "rules on entries depend on the split",
+                "own parameters",
+                "paper",
+            ),
             [_space_row(space) for space in SPACES],
             _NOTE,
         ),
@@ -101,6 +112,7 @@ def about(name: str) -> str:
         "",
     ]
     lines += [f"- needs: {_needs(method)}", f"- rank of the result: {method.result.label}"]
+    lines += [f"- depends on how an adapter splits its update into `B` and `A`: {method.split}"]
     lines += [f"- `weight` 1.0 (per adapter): weight of the adapter; {method.weight}"]
     lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
     return "\n".join(lines)
@@ -149,6 +161,7 @@ def _method_row(method: Method) -> tuple[str, ...]:
         _needs(method),
         method.result.label,
         method.weight,
+        method.split,
         _parameters(method.parameters),
         _paper(method.paper, method.url),
     )
@@ -175,6 +188,7 @@ def _space_row(space: Space) -> tuple[str, ...]:
         f"`{space.name}_`",
         space.summary,
         space.result.label,
+        space.split,
         ", ".join(fields) or "-",
         _paper(space.paper, space.url) if space.paper else "-",
     )
