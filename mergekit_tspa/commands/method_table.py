@@ -14,7 +14,7 @@ FILE = "methods.json"
 
 
 def kept() -> list[dict[str, Any]]:
-    """The sections of the method table, each with `title`, `columns` and `rows`."""
+    """The sections of the method table, each with `title`, `columns`, `rows` and a `note`."""
     return json.loads(files("mergekit_tspa.commands").joinpath(FILE).read_text(encoding="utf-8"))
 
 
@@ -43,6 +43,7 @@ def draw() -> None:
             cells = name, "\n".join([what, *facts, paper]), parameters.replace(", `", "\n`")
             drawn.add_row(*map(_plain, cells))
         console.print(drawn)
+        console.print(_plain(section["note"]), end="\n" if section["note"] else "")
     console.print("[bold]mergekit-tspa methods NAME[/] says what a method's parameters mean.")
 
 

@@ -153,6 +153,8 @@ def _method(space: Space, rule: Rule) -> Method:
         survey=surveyed and (lambda inputs: survey_model(space, rule, surveyed, inputs)),
         record=recorded and (lambda w: record_in_space(space, rule, recorded, w)),
         parameters=_parameters(space, rule),
+        weight=rule.weight,
+        split=space.split if entrywise else "no",
         check=lambda plans: _check(space, rule, plans),
         elects=rule.elects,
         equal_ranks=space.equal_ranks,

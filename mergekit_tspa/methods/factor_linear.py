@@ -27,6 +27,7 @@ factor_linear_method = Method(
     paper="PEFT",
     url="https://huggingface.co/docs/peft/developer_guides/model_merging",
     result=LARGEST_RANK,
+    split="yes",
     merge=one_by_one(lambda w: factor_linear(w.factors, w.weights)),
     parameters=OneByOneParameters,
 )

@@ -103,6 +103,7 @@ lora_lego_method = Method(
     paper="Zhao et al., 2024",
     url="https://arxiv.org/abs/2409.16167",
     result=CLUSTERS,
+    split="no, unless rounding decides between equally near clusters; with `gauge: raw` yes",
     merge=one_by_one(
         lambda w: lora_lego(
             w.factors,

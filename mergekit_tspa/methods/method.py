@@ -64,6 +64,8 @@ class Method:
     result: ResultRank
     merge: MergeFunction
     parameters: type[Parameters] = Parameters
+    weight: str = "linear"  # what an adapter's coefficient does, as the method table shows it
+    split: str = "no"  # whether the result depends on how an adapter splits its update into `B` and `A`
     min_weight: float = float("-inf")  # smallest `weight` the method is defined for
     attention: bool = False  # looks at attention products, hence at the base's tensors
     solves: bool = False  # iterates, so that it is done, and can fail, before anything is written

@@ -49,6 +49,7 @@ rotation_method = Method(
     paper="after Zhang et al., 2025",
     url="https://arxiv.org/abs/2502.00264",
     result=LARGEST_RANK,
+    split="yes, rotations apart",
     merge=one_by_one(lambda w: rotation(w.factors, w.weights, **w.parameters.own())),
     parameters=RotationParameters,
 )

@@ -114,6 +114,7 @@ class Rule:
     url: str
     kind: Linear | Spectral | Entrywise
     parameters: type[Parameters] = OneByOneParameters
+    weight: str = "linear"  # what an adapter's coefficient does, as the method table shows it
     scoped: bool = False  # its statistics can be taken over the whole model
     elects: bool = False  # lets the adapters vote on signs
     flat: bool = False  # its result has equal singular values
@@ -132,6 +133,8 @@ class Rule:
 
 # `seed` becomes draws before a rule is called.
 _NOT_OF_RULES = {"seed", *OneByOneParameters.model_fields}
+_SHARE = "share of a mean"
+_AGREEING = "normalised by the weights that agree; linear with `normalize: false`"
 _TIES = {"paper": "Yadav et al., 2023", "url": "https://arxiv.org/abs/2306.01708"}
 _DARE = {"paper": "Yu et al., 2023", "url": "https://arxiv.org/abs/2311.03099"}
 RULES = (
@@ -150,6 +153,7 @@ RULES = (
         paper="Wortsman et al., 2022",
         url="https://arxiv.org/abs/2203.05482",
         kind=Linear(mean, coefficients=shares),
+        weight=_SHARE,
     ),
     Rule(
         name="ties",
@@ -157,6 +161,7 @@ RULES = (
         summary="trim each update, elect a sign per entry, average what agrees",
         kind=Entrywise(ties, ties_statistics),
         parameters=TiesParameters,
+        weight=f"{_AGREEING} or `convention: peft`",
         scoped=True,
         elects=True,
         on_factors=True,
@@ -187,6 +192,7 @@ RULES = (
         summary="drop entries at random and rescale, elect a sign per entry, average what agrees",
         kind=Entrywise(dare_ties, random=True),
         parameters=DareTiesParameters,
+        weight=_AGREEING,
         elects=True,
         on_factors=True,
         **_DARE,
@@ -199,6 +205,7 @@ RULES = (
         url="https://arxiv.org/abs/2406.11617",
         kind=Entrywise(della, random=True),
         parameters=DellaParameters,
+        weight=_AGREEING,
         elects=True,
     ),
     Rule(
@@ -237,6 +244,7 @@ RULES = (
         url="https://arxiv.org/abs/2412.12153",
         kind=Spectral(cart),
         parameters=CartParameters,
+        weight=_SHARE,
     ),
     Rule(
         name="pcb",

@@ -20,7 +20,9 @@ from mergekit_tspa.updates import LoraFactors
 
 class CoreParameters(Parameters):
     balance: bool = Field(
-        False, description="write every adapter with the singular factors of its update first"
+        False,
+        description="write every adapter with the singular factors of its update first, so that rules on entries "
+        "do not depend on the factors it came in",
     )
 
 
@@ -49,6 +51,7 @@ class Space:
     parameters: type[Parameters] = Parameters
     isometric: bool = True  # the updates keep their sums and inner products, and come back as they were
     takes: Callable[[Rule], bool] = lambda rule: True
+    split: str = "no"  # whether rules on entries depend on how an adapter splits its update into `B` and `A`
     scoped: bool = True  # one part, whose statistics can be taken over the whole model
     equal_ranks: bool = False  # needed of all adapters of a tensor
     counts_zeros: bool = (
@@ -92,6 +95,7 @@ UPDATE_SPACES = (
         result=SUM_OF_RANKS,
         parameters=CoreParameters,
         counts_zeros=True,
+        split="yes; not with `balance: true`",
     ),
     Space(
         name="ctm",
@@ -115,6 +119,7 @@ FACTOR_SPACE = Space(
     result=LARGEST_RANK,
     isometric=False,
     takes=lambda rule: rule.on_factors,
+    split="yes",
     scoped=False,
     equal_ranks=True,
     defaults={"convention": "peft"},

@@ -21,6 +21,18 @@ class Section(NamedTuple):
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
+    note: str = ""
+
+
+_NOTE = (
+    "`weight` is linear where a single adapter of weight 2 brings twice what it brings at weight 1. In a mean only the "
+    "ratios of the weights matter. `factor_` methods multiply `B` and `A` each by the root of the weight. Beside the updates, in every "
+    "method: the magnitudes of DoRA are averaged, with `a_t / max(1, sum |a_t|)`, and so are tensors that adapters "
+    "trained directly, with `a_t / sum |a_t|`, where the weight of a single adapter is without effect.\n\n"
+    "The split: an adapter with `B G` and `G^-1 A` makes the same update as one with `B` and `A`, and so does one that "
+    "holds more of its scale in `B`. Methods that depend on it merge the two to different results. Of the rules in a "
+    "space those on entries can, all but sums (`_task_arithmetic`, `_mean`) and spectral rules (`_tsv`, `_iso`, `_cart`)."
+)
 
 
 def sections() -> list[Section]:
@@ -30,18 +42,35 @@ def sections() -> list[Section]:
     return [
         Section(
             "Methods of their own",
-            ("`merge_method`", "what it does", "needs", "rank of the result", "own parameters", "paper"),
+            (
+                "`merge_method`",
+                "what it does",
+                "needs",
+                "rank of the result",
+                "weight",
+                "depends on the split",
+                "own parameters",
+                "paper",
+            ),
             [_method_row(method) for method in own],
         ),
         Section(
             "A rule in a space, `<space>_<rule>`: the rules",
-            ("rule", "what it does with the updates", "spaces", "own parameters", "paper"),
+            ("rule", "what it does with the updates", "spaces", "weight", "own parameters", "paper"),
             [_rule_row(rule) for rule in RULES],
         ),
         Section(
             "The spaces",
-            ("space", "where the updates are compared", "rank of the result", "own parameters", "paper"),
+            (
+                "space",
+                "where the updates are compared",
+                "rank of the result",
+                "rules on entries depend on the split",
+                "own parameters",
+                "paper",
+            ),
             [_space_row(space) for space in SPACES],
+            _NOTE,
         ),
     ]
 
@@ -49,9 +78,10 @@ def sections() -> list[Section]:
 def markdown() -> str:
     """All sections as Markdown tables."""
     parts = []
-    for title, columns, rows in sections():
+    for title, columns, rows, note in sections():
         lines = [f"**{title}**", "", _line(columns), "|" + "---|" * len(columns), *map(_line, rows)]
         parts.append("\n".join(lines))
+        parts += [note] if note else []
     return "\n\n".join(parts)
 
 
@@ -82,7 +112,8 @@ def about(name: str) -> str:
         "",
     ]
     lines += [f"- needs: {_needs(method)}", f"- rank of the result: {method.result.label}"]
-    lines += ["- `weight` 1.0 (per adapter): weight of the adapter"]
+    lines += [f"- depends on how an adapter splits its update into `B` and `A`: {method.split}"]
+    lines += [f"- `weight` 1.0 (per adapter): weight of the adapter; {method.weight}"]
     lines += [f"- `{name}` {describe(f)}: {f.description}" for name, f in method.parameter_fields().items()]
     return "\n".join(lines)
 
@@ -129,6 +160,8 @@ def _method_row(method: Method) -> tuple[str, ...]:
         method.summary,
         _needs(method),
         method.result.label,
+        method.weight,
+        method.split,
         _parameters(method.parameters),
         _paper(method.paper, method.url),
     )
@@ -141,6 +174,7 @@ def _rule_row(rule: Rule) -> tuple[str, ...]:
         f"`_{rule.name}`",
         rule.summary,
         f"all but {', '.join(refused)}" if refused else "all",
+        rule.weight,
         _parameters(whole.parameters),
         _paper(rule.paper, rule.url),
     )
@@ -154,6 +188,7 @@ def _space_row(space: Space) -> tuple[str, ...]:
         f"`{space.name}_`",
         space.summary,
         space.result.label,
+        space.split,
         ", ".join(fields) or "-",
         _paper(space.paper, space.url) if space.paper else "-",
     )

@@ -195,6 +195,7 @@ _PAPER = {
     "paper": "Li et al., Findings of ACL 2026",
     "url": "https://openreview.net/forum?id=iE0dWuv6jU",
     "result": LARGEST_RANK,
+    "split": "yes",
     "min_weight": 0.0,
     "solves": True,
     "drops_zeros": False,  # the mean it aims at counts every adapter

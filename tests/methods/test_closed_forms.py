@@ -114,3 +114,45 @@ def test_bad_calls():
     ]:
         with pytest.raises(InputError, match=message):
             call()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.startswith("tspa")])
+def test_weight_does_what_the_table_says(method):
+    """Of a single adapter: a linear weight scales what it brings, a share of a mean has no effect."""
+    f = {"m": random_factors([3])[0]}
+    once, twice = (merge_adapters(method, [f], [a])["m"].dense() for a in (1.0, 2.0))
+    linear = METHODS[method].weight == "linear" or method == "factor_ties"  # whose convention is PEFT's
+    assert relative_error(twice, 2 * once if linear else once) < 1e-5
+    if "normalize" in METHODS[method].parameter_fields():
+        once, twice = (merge_adapters(method, [f], [a], normalize=False)["m"].dense() for a in (1.0, 2.0))
+        assert relative_error(twice, 2 * once) < 1e-5
+
+
+def split_otherwise(factors):
+    """The same updates; the first one's factors are `B G` and `G^-1 A`."""
+    f, *others = factors
+    G = torch.randn(f.rank, f.rank, generator=torch.Generator().manual_seed(3)).to(f.B) + 3 * torch.eye(
+        f.rank
+    )
+    return [LoraFactors(f.B @ G, torch.linalg.inv(G) @ f.A), *others]
+
+
+@pytest.mark.parametrize("method", [m for m in DETERMINISTIC if not m.startswith("tspa") or m == "tspa_lora"])
+def test_results_depend_on_the_split_where_the_table_says_so(method):
+    factors = random_factors([3, 3, 3])
+    told = METHODS[method].split
+
+    def change(**parameters):
+        """By how much the result changes when the first adapter is split otherwise."""
+        before, after = (
+            merge_adapters(method, [{"m": f} for f in given], **parameters)["m"].dense()
+            for given in (factors, split_otherwise(factors))
+        )
+        return relative_error(after, before)
+
+    if method != "lora_lego":  # test_lora_lego has it in float64, where rounding decides nothing
+        assert change() > 1e-3 if told.startswith("yes") else change() < 1e-4
+    if "balance" in told:
+        assert change(balance=True) < 1e-4
+    if "gauge" in told:
+        assert change(gauge="raw") > 1e-3
