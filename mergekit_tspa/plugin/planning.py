@@ -32,6 +32,7 @@ from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
 from mergekit_tspa.plugin.merge_method import ADAPTER, dense_message
+from mergekit_tspa.plugin.recipe import filters
 from mergekit_tspa.plugin.references import AdapterReference, LoraLoader
 from mergekit_tspa.plugin.tasks import (
     ApplyUpdates,
@@ -127,6 +128,9 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     _check_touched(touched)
     warn_of_other_bases((loader.adapter for loader in adapters.values()), str(config.base_model))
     unconverted = {name: load.model_copy(update={"dtype": None}) for name, load in loads.items()}
+    names = [weight.name for weight, _ in planned_tensors(planner)]
+    for unmatched in sorted(f for f in filters(config) if not any(f in name for name in names)):
+        LOG.warning("filter %r is in the name of no tensor", unmatched)
     merge = plan_merge(
         method,
         [loader.adapter for loader in adapters.values()],

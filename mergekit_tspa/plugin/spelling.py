@@ -9,11 +9,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from click import ClickException
 
-
-class UnclearReference(ClickException, RuntimeError):
-    """A reference that cannot be read; printed as one sentence by mergekit's own commands too."""
+class UnclearReference(RuntimeError):
+    """A reference that cannot be read."""
 
 
 def read_path(value: Any) -> Any:
