@@ -31,7 +31,7 @@ from mergekit_tspa.merging.outputs import OutputTensor, Wanted
 from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
-from mergekit_tspa.plugin.merge_method import ADAPTER, dense_message
+from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, dense_message
 from mergekit_tspa.plugin.recipe import filters
 from mergekit_tspa.plugin.references import AdapterReference, LoraLoader
 from mergekit_tspa.plugin.tasks import (
@@ -289,7 +289,9 @@ def _wanted(
     # Of the tensors after the last layer mergekit lists as many as the first slice has inputs; the name is one.
     shared = next(iter(infos.values()))
     base = infos.get(task.base_model, shared).name
-    parameters = method.bind({key: value for key, value in task.parameters.items() if key != ADAPTER.name})
+    parameters = method.bind(
+        {key: value for key, value in task.parameters.items() if key not in ADAPTER_PARAMETERS}
+    )
     wanted: dict[str, Wanted] = {}
     for reference in task.model_order:
         if not isinstance(reference, AdapterReference):

@@ -30,10 +30,17 @@ from mergekit_tspa.plugin.compat import (
 )
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError, did_you_mean, nearest
+from mergekit_tspa.merging.servable import LEFT_OUT
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION
 from mergekit_tspa.methods.inputs import PER_MODEL
-from mergekit_tspa.plugin.merge_method import ADAPTER, WEIGHT, AdapterMergeMethod
+from mergekit_tspa.plugin.merge_method import (
+    ADAPTER,
+    ADAPTER_PARAMETERS,
+    LEAVES_OUT,
+    WEIGHT,
+    AdapterMergeMethod,
+)
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 
 LOG = logging.getLogger(__name__)
@@ -356,7 +363,18 @@ def unknown_keys(
 def _parameter_names() -> Set[str]:
     """Names of the parameters of all methods."""
     fields = (name for method in METHODS.values() for name in method.parameter_fields())
-    return {WEIGHT.name, ADAPTER.name, *fields}
+    return {WEIGHT.name, *ADAPTER_PARAMETERS, *fields}
+
+
+def leaves_out(config: MergeConfiguration) -> Set[str]:
+    """What an adapter as the result need not hold, of `LEFT_OUT`."""
+    return _named((config.parameters or {}).get(LEAVES_OUT.name, ""))
+
+
+def _named(setting: Any) -> Set[str]:
+    """The names in `norms, magnitudes` or `[norms, magnitudes]`."""
+    text = ",".join(map(str, setting)) if isinstance(setting, list) else str(setting)
+    return {name.strip() for name in text.split(",")} - {""}
 
 
 def filters(config: MergeConfiguration) -> set[str]:
@@ -453,10 +471,15 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
             if name not in specs:
                 yield InputError(method.unknown_parameter(name))
                 continue
-            if holder is not config and name == ADAPTER.name:
+            if holder is not config and name in ADAPTER_PARAMETERS:
                 yield InputError(f"{name} applies to the whole merge; move it to the top level")
             if name == ADAPTER.name and not isinstance(setting, bool):
                 yield InputError(f"{name}: {setting}: give true or false")
+                continue
+            if name == LEAVES_OUT.name and (unknown := sorted(_named(setting) - {*LEFT_OUT})):
+                yield InputError(
+                    f"{name}: {unknown[0]}: give some of {', '.join(LEFT_OUT)}{did_you_mean(unknown[0], LEFT_OUT)}"
+                )
                 continue
             if name in PER_MODEL and isinstance(setting, list):
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
