@@ -233,10 +233,8 @@ def _check_tokenizers(
     asked = config.tokenizer.source if config.tokenizer else config.tokenizer_source
     if not asked:
         return
-    base = config.base_model.model
-    models = [asked.model] if isinstance(asked, ModelReference) else [base]
-    if asked == "union":
-        models += [source.model.model for source in sources(config)]
+    # mergekit goes on without the tokenizers of other inputs.
+    models = [config.base_model.model, *([asked.model] if isinstance(asked, ModelReference) else [])]
     for model in dict.fromkeys(models):
         if model.path in absent:
             continue
