@@ -18,7 +18,13 @@ class InputError(ValueError):
 
 def nearest(name: str, known: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
     """Known names that `name` may be a misspelling of, the most similar first."""
-    return difflib.get_close_matches(name, list(known), n=n, cutoff=cutoff)
+    spelt = {_folded(candidate): candidate for candidate in known}
+    return [spelt[near] for near in difflib.get_close_matches(_folded(name), list(spelt), n=n, cutoff=cutoff)]
+
+
+def _folded(name: str) -> str:
+    """A name without the differences that are no other name: capitals, and `-` for `_`."""
+    return name.casefold().replace("-", "_")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -124,9 +124,9 @@ def test_one_file_knows_private_names_of_mergekit():
 
 
 def test_click_stays_at_the_edge():
-    """`plugin/printed.py` has the exceptions that stock commands print as one sentence."""
+    """`plugin/hooks.py` is where stock commands get an exception that they print as one sentence."""
     knowing = {place(file) for file in FILES if "click" in tops(file)}
-    assert {name for name in knowing if not name.startswith("commands/")} == {"plugin/printed.py"}
+    assert {name for name in knowing if not name.startswith("commands/")} == {"plugin/hooks.py"}
 
 
 def test_what_is_imported_is_declared():

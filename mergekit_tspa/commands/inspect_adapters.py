@@ -6,6 +6,7 @@ import click
 import torch
 from rich.console import Console
 
+from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import MergeCommand
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.gather import inspect_adapters
@@ -20,7 +21,7 @@ _REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing
 @click.command("inspect", cls=MergeCommand)
 @click.argument("inputs", metavar="CONFIG|ADAPTER...", nargs=-1, required=True)
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("report"), help="Directory of the report."
+    "--out", type=NamedPath(path_type=Path), default=Path("report"), help="Directory of the report."
 )
 @click.option("--base", help="Base model of ADAPTERs, needed for PiSSA and OLoRA; a recipe names its own.")
 @click.option(

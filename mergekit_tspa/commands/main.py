@@ -1,13 +1,14 @@
 """`mergekit-tspa`: mergekit's own commands with the plugin loaded for certain, and the method table."""
 
 import gc
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import click
 
 import mergekit_tspa
-from mergekit_tspa.commands.command import Command
+from mergekit_tspa.commands.command import Command, NamedPath
 from mergekit_tspa.errors import InputError
 
 _STOCK = {  # commands of mergekit, and what they do here
@@ -75,6 +76,9 @@ def _load(name: str) -> click.Command:
 @click.version_option(mergekit_tspa.__version__, prog_name="mergekit-tspa")
 def main() -> None:
     """LoRA-native merge methods for mergekit."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of names and tables
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 @main.command(cls=Command)
@@ -103,7 +107,7 @@ def methods(names: tuple[str, ...], markdown: bool) -> None:
 @main.command("emr-task", cls=Command)
 @click.argument("merged", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("task")
-@click.option("--out", type=click.Path(path_type=Path), help="Where to write; MERGED-TASK by default.")
+@click.option("--out", type=NamedPath(path_type=Path), help="Where to write; MERGED-TASK by default.")
 @click.option("--quiet", is_flag=True, help="No progress bar.")
 def emr_task(merged: Path, task: str, out: Path | None, quiet: bool) -> None:
     """Rebuild the model of one TASK from MERGED, the output of an emr method."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import MergeCommand
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.adapter_output import write_merged_adapter
@@ -14,7 +15,7 @@ from mergekit_tspa.plugin.recipe import read_recipe
 
 @click.command("adapter", cls=MergeCommand)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out_path", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out_path", type=NamedPath(file_okay=False, path_type=Path))
 @add_merge_options
 def main(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge to one PEFT adapter: the recipe of a full merge, without reading or writing a model."""

@@ -114,7 +114,6 @@ class Forecast:
     chunks: Sequence[Chunk]
     adapter: AdapterOutcome | str  # or why there is none
     wants_adapter: bool
-    filters: frozenset[str]  # that the recipe's parameters have
     aligned: bool  # whether mergekit aligns the vocabulary
     safetensors: bool  # the output's format
     shard_limit: int  # largest shard of the output; 0 for no limit
@@ -147,8 +146,6 @@ class Forecast:
                 f"rank {self.rank(most)} cuts {len(cut)} merged updates, of rank up to {carried[most.name]} "
                 f"({most.name})"
             )
-        for unmatched in sorted(f for f in self.filters if not any(f in name for name in self.stored)):
-            yield f"filter {unmatched!r} is in the name of no tensor"
         if missing := [name for name, found in self.stored.items() if found is None]:
             yield f"{self.base} lacks {len(missing)} tensors of the output, {missing[0]} among them"
 

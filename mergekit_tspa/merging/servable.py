@@ -1,21 +1,43 @@
-"""What of a merge can be one LoRA adapter, and why the rest cannot."""
+"""What of a merge can be one LoRA adapter, why the rest cannot, and how much an adapter without the rest loses."""
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mergekit_tspa.adapters import LoraModule, StoredTensor
+from mergekit_tspa.base.architectures import VOCABULARY
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.finish import finish
 from mergekit_tspa.merging.outputs import OutputTensor, TensorPlan
 from mergekit_tspa.merging.plan import MergePlan
+from mergekit_tspa.updates import LowRank
+
+LOG = logging.getLogger(__name__)
+
+# What a merge may do to a tensor besides a low-rank update, by the names that `adapter_leaves_out` takes.
+MAGNITUDES, NORMS, BIASES, EMBEDDINGS, OTHERS = "magnitudes", "norms", "biases", "embeddings", "others"
+LEFT_OUT = (MAGNITUDES, NORMS, BIASES, EMBEDDINGS, OTHERS)
 
 
-def adapter_tensors(plan: MergePlan, base: ModelTensors) -> list[TensorPlan]:
-    """The tensors of the merge as an adapter of the base.
+class LeftOut(NamedTuple):
+    """A tensor whose change an adapter holds in part or not at all."""
+
+    output: OutputTensor
+    kinds: tuple[str, ...]  # of `LEFT_OUT`
+
+
+def adapter_tensors(
+    plan: MergePlan, base: ModelTensors, leaves_out: Set[str] = frozenset()
+) -> tuple[list[TensorPlan], list[LeftOut]]:
+    """The tensors of the merge as an adapter of the base, and those whose change is not all in it.
+
+    Args:
+        leaves_out: which of `LEFT_OUT` the adapter need not hold
 
     Raises:
         InputError: something in the merge is no low-rank update of a base tensor.
@@ -28,12 +50,47 @@ def adapter_tensors(plan: MergePlan, base: ModelTensors) -> list[TensorPlan]:
         raise InputError(
             f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model"
         )
+    left_out = []
     for output in changed:
+        if kinds := tuple(kind for kind in _kinds(output) if kind in leaves_out):
+            left_out.append(LeftOut(output, kinds))
+        if not output.parts[0].plan.sources and len(output.parts) == 1 and {*_kinds(output)} <= leaves_out:
+            continue
         if len(base.shapes.get(base.find(output.base) or "", ())) > 2 and not output.parts[0].index:
             raise InputError(f"{output.name}: it is a convolution, for which no adapter is written")
-        if reason := _obstacle(plan, output):
+        if reason := _obstacle(plan, output, leaves_out):
             raise InputError(f"{output.name}: {reason}, so the merge cannot be written as an adapter")
-    return [output.parts[0].plan for output in changed]
+    tensors = [output.parts[0].plan for output in changed if output.parts[0].plan.sources]
+    if not tensors:
+        raise InputError("the adapter leaves out all that the merge changes, so there is no adapter to write")
+    return tensors, left_out
+
+
+def log_left_out(left_out: Iterable[LeftOut], plan: MergePlan, merged: Mapping[str, LowRank]) -> None:
+    """One line on what an adapter leaves out, and its share `sum ||dW - B A||^2 / sum ||dW||^2` of the change.
+
+    Args:
+        merged: the low-rank updates `B A` that are in the adapter, by tensor
+    """
+    count: dict[str, int] = {}
+    lost = total = 0.0
+    whole = dict(merged)
+    for output, kinds in left_out:
+        for kind in kinds:
+            count[kind] = count.get(kind, 0) + 1
+        update = whole.pop(output.name, None)
+        if plan.read is not None:
+            W = plan.read(output.name).float()
+            change = finish(output.parts[0].plan, update).apply_to(W) - W
+            held = torch.zeros_like(W) if update is None else update.apply_to(W) - W
+            lost += (change - held).square().sum().item()
+            total += change.square().sum().item()
+    if not count:
+        return
+    total += sum(update.norm().item() ** 2 for update in whole.values())
+    share = f"{lost / total:.1%} of the merge's ||dW||^2" if total else "nothing of the merge's ||dW||^2"
+    listed = ", ".join(f"{kind} of {n} tensors" for kind, n in count.items())
+    LOG.warning("the adapter leaves out %s, as asked: it lacks %s", listed, share)
 
 
 def module_name(plan: TensorPlan) -> str:
@@ -81,19 +138,34 @@ def _unchanged(plan: MergePlan, output: OutputTensor) -> bool:
     return not any(change.difference(W).any() for change in changes)
 
 
-def _obstacle(plan: MergePlan, output: OutputTensor) -> str | None:
+def _kinds(output: OutputTensor) -> list[str]:
+    """What besides a low-rank update happens to a tensor, by the names of `LEFT_OUT`."""
+    kinds = [MAGNITUDES] if any(part.plan.is_dora for part in output.parts) else []
+    if not any(part.plan.changes for part in output.parts):
+        return kinds
+    name = output.name
+    if name.endswith(".bias"):
+        return [*kinds, BIASES]
+    if name.endswith(VOCABULARY):
+        return [*kinds, EMBEDDINGS]
+    return [*kinds, NORMS if re.search(r"norm|\bln_", name, re.IGNORECASE) else OTHERS]
+
+
+def _obstacle(plan: MergePlan, output: OutputTensor, leaves_out: Set[str]) -> str | None:
     """Why a tensor's change is no LoRA update; None if it is one."""
     (part, *more) = output.parts
     if output.base != output.name:
         return f"it is {output.base} of the base, whose layers this recipe rearranges"
     if part.index or more:
         return "it is a fused expert"
-    if part.plan.changes:
-        return (
-            "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
-        )
-    if part.plan.is_dora:
-        return "an adapter is a DoRA, whose magnitudes are not low-rank"
+    for kind in _kinds(output):
+        if kind not in leaves_out:
+            what = (
+                "an adapter is a DoRA, whose magnitudes are not low-rank"
+                if kind == MAGNITUDES
+                else "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
+            )
+            return f"{what} (adapter_leaves_out: {kind} would leave that out)"
     if plan.method.result.dense and part.plan.parameters.rank is None:
         return (
             f"{plan.method.name} gives a dense update; set `rank`, or take the method in another space (core_, knots_, "

@@ -22,11 +22,18 @@ from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.plan import MergePlan
-from mergekit_tspa.merging.servable import adapter_tensors, module_name, own_dtype, task_type_of
+from mergekit_tspa.merging.servable import (
+    LeftOut,
+    adapter_tensors,
+    log_left_out,
+    module_name,
+    own_dtype,
+    task_type_of,
+)
 from mergekit_tspa.plugin.card import adapter_card
 from mergekit_tspa.plugin.output import refuse_inputs
 from mergekit_tspa.plugin.planning import merge_of, MergeTasks, PlannedRecipe, log_task
-from mergekit_tspa.plugin.recipe import span
+from mergekit_tspa.plugin.recipe import leaves_out, span
 from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields
 from mergekit_tspa.updates import LowRank
 
@@ -36,6 +43,8 @@ class AdapterFile:
     """What is written of a merge."""
 
     tensors: list[TensorPlan]
+    left_out: list[LeftOut]
+    plan: MergePlan
     directory: Path
     base: str
     task_type: str | None
@@ -61,6 +70,7 @@ class SaveAdapter(Task[None], frozen=True):
         names = [module_name(plan) for plan in file.tensors]
         modules = {name: plan.modules[0] for name, plan in zip(names, file.tensors)}
         merged = {name: LowRank(**updates[str(i)]) for i, name in enumerate(names)}
+        log_left_out(file.left_out, file.plan, {plan.name: merged[n] for n, plan in zip(names, file.tensors)})
         write_adapter(file.directory, merged, modules, file.base, file.task_type, file.dtype)
         (file.directory / "README.md").write_text(file.card, encoding="utf-8")
 
@@ -83,18 +93,24 @@ def adapter_file(recipe: PlannedRecipe, directory: Path, source: str | None = No
         InputError: something in the merge is no low-rank update of a base weight.
     """
     config, base = recipe.config, recipe.base
-    if config.tokenizer or config.tokenizer_source:
-        raise InputError("an adapter has no tokenizer of its own; leave the tokenizer options out")
-    tensors = adapter_tensors(recipe.merge, base)
+    _refuse_tokenizer(config)
+    tensors, left_out = adapter_tensors(recipe.merge, base, leaves_out(config))
     named = config.out_dtype or config.dtype
     return AdapterFile(
         tensors=tensors,
+        left_out=left_out,
+        plan=recipe.merge,
         directory=directory,
         base=str(config.base_model),
         task_type=task_type_of(base.config),
         dtype=dtype_from_name(named) if named else own_dtype(tensors),
         card=adapter_card(config, weight_ranges(recipe.merge), source or config.to_yaml()),
     )
+
+
+def _refuse_tokenizer(config: MergeConfiguration) -> None:
+    if config.tokenizer or config.tokenizer_source:
+        raise InputError("an adapter has no tokenizer of its own; leave the tokenizer options out")
 
 
 def adapter_task(tasks: MergeTasks, directory: Path, source: str | None = None) -> SaveAdapter:
@@ -115,6 +131,7 @@ def weight_ranges(plan: MergePlan) -> dict[str, str]:
 def write_merged_adapter(
     config: MergeConfiguration, merge_options: MergeOptions, out_path: Path, source: str
 ) -> None:
+    _refuse_tokenizer(config)
     planner = make_planner(config, merge_options)
     refuse_inputs(config, out_path)
     plan(planner)

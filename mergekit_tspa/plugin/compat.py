@@ -22,8 +22,6 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import core_schema
-
 from mergekit_tspa.errors import InputError
 
 if TYPE_CHECKING:
@@ -429,13 +427,17 @@ def respell(
     def extend_schema(kind: type, read: Callable[[Any], Any], serialization: Any) -> None:
         def core(cls: type, source: Any, handler: Any) -> Any:
             schema = handler(source)
-            schema["schema"] = core_schema.no_info_before_validator_function(read, schema["schema"])
+            schema["schema"] = {
+                "type": "function-before",
+                "function": {"type": "no-info", "function": read},
+                "schema": schema["schema"],
+            }
             return schema | ({"serialization": serialization} if serialization else {})
 
         kind.__get_pydantic_core_schema__ = classmethod(core)  # type: ignore[attr-defined]
 
     extend_schema(path, read_path, None)
-    extend_schema(reference, read_reference, core_schema.plain_serializer_function_ser_schema(write))
+    extend_schema(reference, read_reference, {"type": "function-plain", "function": write})
     for needed in (EXPORTS["ModelPath"], EXPORTS["ModelReference"], *HOLD_MODELS):
         needed.find().model_rebuild(force=True)
 

@@ -37,7 +37,7 @@ from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin.adapter_output import adapter_file, make_planner, weight_ranges
 from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import merge_of, PlannedRecipe
-from mergekit_tspa.plugin.recipe import complete, filters, sources
+from mergekit_tspa.plugin.recipe import complete, sources, validation_faults
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 
 T = TypeVar("T")
@@ -97,6 +97,8 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
         unreadable = f"base {base} is not readable as a model"
         found = base and not staged and attempt(problems, unreadable, lambda: _open_base(base, options))
         for reference in dict.fromkeys(source.model for source in sources(config)):
+            if reference.lora and not reference.lora.path:
+                continue  # a fault of the recipe already
             if reference.lora or (found and isinstance(reference, FullModelReference)):
                 name = reference.lora or reference.model
                 seen = attempt(problems, name, lambda: _see(reference, bool(found)))  # noqa: B023
@@ -149,7 +151,6 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
         chunks=[merge.work.chunk for merge in dict.fromkeys(tasks.merges.values())],
         adapter=_adapter(recipe),
         wants_adapter=bool((config.parameters or {}).get(ADAPTER.name)),
-        filters=frozenset(filters(config)),
         aligned=aligns_vocabulary(planner),
         safetensors=options.safe_serialization,
         shard_limit=options.out_shard_size,
@@ -190,9 +191,7 @@ def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:
     except InputError as error:
         problems.append(error.message)
     except ValidationError as error:
-        problems += [
-            f"{what}: {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors()
-        ]
+        problems += [f"{what}: {fault}" for fault in validation_faults(error)]
     except Exception as error:  # mergekit, transformers and the hub raise a dozen unrelated types
         problems.append(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     return None
@@ -214,7 +213,9 @@ def read_documents(file: Path) -> list[dict]:
     """The recipes of a file, one or, for `mergekit-multi`, several."""
     try:
         documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}; name a file with a recipe") from error
+    except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file}: not readable as YAML ({error})") from error
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise InputError(f"{file}: holds no recipe, which is a mapping with merge_method and models")

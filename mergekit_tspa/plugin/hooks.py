@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
+from click import ClickException
 
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin import compat
-from mergekit_tspa.plugin.printed import PrintedError
-from mergekit_tspa.plugin.spelling import read_path, read_reference, written
+from mergekit_tspa.plugin.spelling import UnclearReference, read_path, read_reference, written
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,13 +34,31 @@ _registered: list[AdapterMergeMethod] = []
 _said = False  # whether it was said that mergekit does not fit
 
 
+class PrintedError(ClickException, InputError):  # type: ignore[misc]  # both set `message`, to the same
+    """What `mergekit-yaml` and `mergekit-multi` print as one sentence, where they would show a traceback."""
+
+
+class PrintedReference(ClickException, UnclearReference):
+    """The same of a reference that cannot be read; pydantic lets all but a `ValueError` pass."""
+
+
+def _printed(read: Hook) -> Hook:
+    def reading(value: Any) -> Any:
+        try:
+            return read(value)
+        except UnclearReference as error:
+            raise PrintedReference(str(error)) from error
+
+    return reading
+
+
 def extend(module: ModuleType) -> None:
     """Extend one of the hooked modules, if what was seen of mergekit so far fits."""
     name = module.__name__
     if not _fits(compat.look(executed=name)):
         return
     if name == "mergekit.config":
-        compat.respell(read_path, read_reference, written)
+        compat.respell(_printed(read_path), _printed(read_reference), written)
     elif name == "mergekit.merge_methods.registry":
         _register_methods(module)
     elif name == "mergekit.evo.genome":
@@ -135,6 +153,8 @@ def _run_merge(
 
         for warning in unknown_keys(yaml.safe_load(config_source)) if config_source else ():
             LOG.warning("%s", warning)
+        if not out_path:
+            raise InputError("the output directory has no name; for the current directory write .")
         with held(Path(out_path)):
             return original(merge_config, out_path, options, config_source)
     except InputError as error:

@@ -33,6 +33,16 @@ ADAPTER = ParameterSpec(
 )
 
 
+LEAVES_OUT = ParameterSpec(
+    name="adapter_leaves_out",
+    value_type=str,
+    scope=ParameterScope.SHARED,
+    default="",
+    description="what that adapter need not hold: magnitudes, norms, biases, embeddings, others",
+)
+ADAPTER_PARAMETERS = (ADAPTER.name, LEAVES_OUT.name)  # of the output, not of the method
+
+
 class AdapterMergeMethod(GroupMergeMethod):
     """Adapts a row of the method table to mergekit's registry.
 
@@ -56,7 +66,7 @@ class AdapterMergeMethod(GroupMergeMethod):
         ]
         self.spec = MergeMethodSpec(
             name=method.name,
-            parameters=(WEIGHT, ADAPTER, *shared),
+            parameters=(WEIGHT, ADAPTER, LEAVES_OUT, *shared),
             contract=InputContract(base=BasePolicy.REQUIRED),  # a slice or module may be the base's own
             pretty_name=method.title,
             reference_url=method.url,

@@ -31,7 +31,8 @@ from mergekit_tspa.merging.outputs import OutputTensor, Wanted
 from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
-from mergekit_tspa.plugin.merge_method import ADAPTER, dense_message
+from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, dense_message
+from mergekit_tspa.plugin.recipe import filters
 from mergekit_tspa.plugin.references import AdapterReference, LoraLoader
 from mergekit_tspa.plugin.tasks import (
     ApplyUpdates,
@@ -127,6 +128,9 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     _check_touched(touched)
     warn_of_other_bases((loader.adapter for loader in adapters.values()), str(config.base_model))
     unconverted = {name: load.model_copy(update={"dtype": None}) for name, load in loads.items()}
+    names = [weight.name for weight, _ in planned_tensors(planner)]
+    for unmatched in sorted(f for f in filters(config) if not any(f in name for name in names)):
+        LOG.warning("filter %r is in the name of no tensor", unmatched)
     merge = plan_merge(
         method,
         [loader.adapter for loader in adapters.values()],
@@ -285,7 +289,9 @@ def _wanted(
     # Of the tensors after the last layer mergekit lists as many as the first slice has inputs; the name is one.
     shared = next(iter(infos.values()))
     base = infos.get(task.base_model, shared).name
-    parameters = method.bind({key: value for key, value in task.parameters.items() if key != ADAPTER.name})
+    parameters = method.bind(
+        {key: value for key, value in task.parameters.items() if key not in ADAPTER_PARAMETERS}
+    )
     wanted: dict[str, Wanted] = {}
     for reference in task.model_order:
         if not isinstance(reference, AdapterReference):

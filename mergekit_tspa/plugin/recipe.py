@@ -4,12 +4,14 @@ import logging
 import os
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Set
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from pydantic import BaseModel, ValidationError
+from transformers import AutoTokenizer
 
 from mergekit_tspa.plugin.compat import (
     ConditionalParameter,
@@ -22,15 +24,23 @@ from mergekit_tspa.plugin.compat import (
     ModelReference,
     OutputModuleDefinition,
     OutputSliceDefinition,
+    ParameterSpec,
     accelerator_count,
     dtype_from_name,
 )
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
 from mergekit_tspa.errors import InputError, did_you_mean, nearest
+from mergekit_tspa.merging.servable import LEFT_OUT
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION
 from mergekit_tspa.methods.inputs import PER_MODEL
-from mergekit_tspa.plugin.merge_method import ADAPTER, WEIGHT, AdapterMergeMethod
+from mergekit_tspa.plugin.merge_method import (
+    ADAPTER,
+    ADAPTER_PARAMETERS,
+    LEAVES_OUT,
+    WEIGHT,
+    AdapterMergeMethod,
+)
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 
 LOG = logging.getLogger(__name__)
@@ -67,9 +77,10 @@ def complete(config: MergeConfiguration, options: MergeOptions, absent: Set[str]
     _take_seed(config, options)
     flawed = [*_check_parameters(config, METHODS[config.merge_method])]
     faults += flawed
-    for step in (_complete_adapters, _complete_base):
+    for step in (_check_names, _complete_adapters, _complete_base):
         if found := [*step(config, options)]:
             return Completed(config, [*faults, *found])
+    faults += _check_tokenizers(config, options, absent)
     faults += _complete_sources(config, options, absent, parameters=not flawed)
     for output_slice in _slices(config):
         faults += _append_base(output_slice, config.base_model)
@@ -144,6 +155,18 @@ def sources(config: MergeConfiguration) -> Iterator[Source]:
     return (source for group, _ in _groups(config) for source in group)
 
 
+def _check_names(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
+    """Names that are left empty."""
+    for source in sources(config):
+        reference = source.model
+        if not reference.model.path:
+            yield InputError(
+                f"model {str(reference)!r}: there is no base model before the +, or no name at all"
+            )
+        elif reference.lora and not reference.lora.path:
+            yield InputError(f"model {str(reference)!r}: there is no adapter after the +")
+
+
 def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     """Write an adapter that is given without its base as `base+adapter`."""
     for source in sources(config):
@@ -203,6 +226,32 @@ def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterato
         )
 
 
+def _check_tokenizers(
+    config: MergeConfiguration, options: MergeOptions, absent: Set[str]
+) -> Iterator[InputError]:
+    """Tokenizers that the recipe asks for; mergekit would miss them once it has begun to merge."""
+    asked = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    if not asked:
+        return
+    # mergekit goes on without the tokenizers of other inputs.
+    models = [config.base_model.model, *([asked.model] if isinstance(asked, ModelReference) else [])]
+    for model in dict.fromkeys(models):
+        if model.path in absent:
+            continue
+        try:
+            AutoTokenizer.from_pretrained(
+                model.path, revision=model.revision, trust_remote_code=options.trust_remote_code
+            )
+        except (
+            Exception
+        ) as error:  # not there, damaged, of a class that is not known: transformers has many words
+            key = "tokenizer" if config.tokenizer else "tokenizer_source"
+            yield InputError(
+                f"{key}: {model} has no tokenizer that transformers can load "
+                f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); leave the option out"
+            )
+
+
 def _complete_sources(
     config: MergeConfiguration, options: MergeOptions, absent: Set[str], parameters: bool
 ) -> Iterator[InputError]:
@@ -250,10 +299,18 @@ def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
     """
     try:
         text = file.read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
+        documents = list(yaml.safe_load_all(text))
+        if len(documents) > 1:
+            raise InputError(
+                f"{file}: holds {len(documents)} recipes, which is for mergekit-multi; put the one that is meant into "
+                "a file of its own"
+            )
+        document = documents[0] if documents else None
         config = MergeConfiguration.model_validate(document)
+    except InputError:
+        raise
     except ValidationError as error:
-        what = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']}" for e in error.errors())
+        what = "; ".join(validation_faults(error))
         raise InputError(f"{file}: no recipe that mergekit can read: {what}") from error
     except (OSError, ValueError, yaml.YAMLError, RuntimeError) as error:
         raise InputError(f"{file}: no recipe that mergekit can read: {error}") from error
@@ -266,13 +323,31 @@ def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
     return config, text
 
 
+def validation_faults(error: ValidationError) -> list[str]:
+    """What pydantic finds wrong with a recipe, one sentence for each place in it."""
+    found: dict[str, str] = {}
+    for fault in error.errors():
+        where = [str(part) for part in fault["loc"]]
+        if "parameters" in where[:-2]:  # pydantic tries each kind of value, and all fail
+            where = where[: where.index("parameters") + 2]
+            what = (
+                f"{fault['input']!r} is no value; give a number, a word, true or false, a list of these over the "
+                "layers, or a list of filters"
+            )
+        else:
+            what = fault["msg"]
+        found.setdefault(".".join(where) or "recipe", what)
+    return [f"{where}: {what}" for where, what in found.items()]
+
+
 def unknown_keys(
     document: dict, kind: type[BaseModel] = MergeConfiguration, where: str = ""
 ) -> Iterator[str]:
     """Keys that mergekit drops without a word, anywhere in a recipe but under `parameters`."""
     for key, value in document.items():
         if key not in kind.model_fields and (where or key != "name"):  # of a merge of mergekit-multi
-            hint = did_you_mean(str(key), kind.model_fields)
+            hint = "; write it under `parameters:` there" if key in _parameter_names() else ""
+            hint = hint or did_you_mean(str(key), kind.model_fields)
             yield f"{where}{key}: mergekit knows no such key, so it has no effect{hint}"
         parts = (
             value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
@@ -280,6 +355,24 @@ def unknown_keys(
         for name, part in parts.items():
             if key in _PARTS and isinstance(part, dict):
                 yield from unknown_keys(part, _PARTS[key], f"{where}{key}.{name}.")
+
+
+@cache
+def _parameter_names() -> Set[str]:
+    """Names of the parameters of all methods."""
+    fields = (name for method in METHODS.values() for name in method.parameter_fields())
+    return {WEIGHT.name, *ADAPTER_PARAMETERS, *fields}
+
+
+def leaves_out(config: MergeConfiguration) -> Set[str]:
+    """What an adapter as the result need not hold, of `LEFT_OUT`."""
+    return _named((config.parameters or {}).get(LEAVES_OUT.name, ""))
+
+
+def _named(setting: Any) -> Set[str]:
+    """The names in `norms, magnitudes` or `[norms, magnitudes]`."""
+    text = ",".join(map(str, setting)) if isinstance(setting, list) else str(setting)
+    return {name.strip() for name in text.split(",")} - {""}
 
 
 def filters(config: MergeConfiguration) -> set[str]:
@@ -376,10 +469,15 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
             if name not in specs:
                 yield InputError(method.unknown_parameter(name))
                 continue
-            if holder is not config and name == ADAPTER.name:
+            if holder is not config and name in ADAPTER_PARAMETERS:
                 yield InputError(f"{name} applies to the whole merge; move it to the top level")
             if name == ADAPTER.name and not isinstance(setting, bool):
                 yield InputError(f"{name}: {setting}: give true or false")
+                continue
+            if name == LEAVES_OUT.name and (unknown := sorted(_named(setting) - {*LEFT_OUT})):
+                yield InputError(
+                    f"{name}: {unknown[0]}: give some of {', '.join(LEFT_OUT)}{did_you_mean(unknown[0], LEFT_OUT)}"
+                )
                 continue
             if name in PER_MODEL and isinstance(setting, list):
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
@@ -389,9 +487,17 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
                 )
             if not (values := [*_scalars(setting)]):
                 yield InputError(f"parameter {name}: an empty list")
+            _warn_of_unreachable(name, setting)
+            for gradient in _gradients(setting):
+                if fault := _fault_of_gradient(name, gradient, specs[name]):
+                    yield InputError(fault)
             for value in values:
                 try:
-                    specs[name].validate(value)
+                    taken = specs[name].validate(value)
+                    if isinstance(value, bool) and not isinstance(taken, bool):
+                        yield InputError(
+                            f"parameter {name}: {value}: true and yes are no numbers; give a number"
+                        )
                 except ValidationError as error:
                     yield InputError(f"parameter {name}: {value!r}: {error.errors()[0]['msg']}")
 
@@ -410,6 +516,40 @@ def check_output(out: Path, config: MergeConfiguration) -> None:
     for name, rewritten in kept.items():
         if (out / name).exists() and not rewritten:
             raise InputError(f"{out}: holds {name} of an earlier merge; remove it, or name another directory")
+
+
+def _warn_of_unreachable(name: str, setting: Any) -> None:
+    """Say which filters never match, because mergekit takes the first that does."""
+    if not isinstance(setting, list) or not all(isinstance(part, ConditionalParameter) for part in setting):
+        return
+    open_ = next((i for i, part in enumerate(setting) if part.filter in (None, "*")), len(setting))
+    for part in setting[open_ + 1 :]:
+        LOG.warning(
+            "parameter %s: %s never has an effect, because the value %s before it is for all tensors; put filters first",
+            name,
+            f"filter {part.filter!r}" if part.filter else f"the value {part.value!r}",
+            setting[open_].value,
+        )
+
+
+def _gradients(setting: Any) -> Iterator[list[Any]]:
+    """The lists of values over layers in a setting."""
+    for part in setting if isinstance(setting, list) else [setting]:
+        if isinstance(part, ConditionalParameter):
+            yield from _gradients(part.value)
+    if isinstance(setting, list) and not any(isinstance(part, ConditionalParameter) for part in setting):
+        yield setting
+
+
+def _fault_of_gradient(name: str, gradient: list[Any], spec: ParameterSpec) -> str | None:
+    """Why values cannot change over the layers: between whole numbers there are values that are none."""
+    try:
+        taken = {spec.validate(value) for value in gradient}
+    except ValidationError:  # said of each value by itself
+        return None
+    if len(taken) > 1 and all(isinstance(value, int) and not isinstance(value, bool) for value in taken):
+        return f"{name}: {gradient}: a whole number has no gradient over layers; give one value, or filters"
+    return None
 
 
 def _scalars(setting) -> Iterator:

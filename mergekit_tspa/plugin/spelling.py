@@ -9,7 +9,9 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from mergekit_tspa.plugin.printed import UnclearReference
+
+class UnclearReference(RuntimeError):
+    """A reference that cannot be read."""
 
 
 def read_path(value: Any) -> Any:

@@ -310,3 +310,37 @@ def test_a_rank_above_a_narrow_weight(llama, adapters, tmp_path):
     loaded = peft_merged(llama, tmp_path / "out/adapter")
     for name, tensor in merged.items():
         assert relative_error(loaded[name], tensor) < 1e-5
+
+
+def test_an_adapter_without_what_it_cannot_hold(llama, adapters, tmp_path, caplog):
+    """By name; what is written is the rest of the merge, and the share of the change that is lost is said."""
+    dora = save_adapter(llama, tmp_path / "dora", use_dora=True)
+    saved = save_adapter(llama, tmp_path / "saved", modules_to_save=["model.norm"])
+    config = recipe("lora_task_arithmetic", llama, [dora, saved], parameters={"adapter": True})
+    model = merged_tensors(config, tmp_path / "model")
+    assert not (tmp_path / "model/adapter").exists()
+    base = load_file(llama / "model.safetensors")
+    for given, missing in (("norms", "magnitudes"), (["magnitudes"], "norms")):
+        config["parameters"] = {"adapter_leaves_out": given}
+        result = adapter_command(config, tmp_path / "none")
+        assert result.exit_code == 1 and f"adapter_leaves_out: {missing} would" in result.output
+    caplog.clear()
+    config["parameters"] = {"adapter_leaves_out": "norms, magnitudes"}
+    result = adapter_command(config, tmp_path / "alone")
+    assert result.exit_code == 0, result.output
+    check_config(tmp_path / "alone")
+    written = peft_merged(llama, tmp_path / "alone")
+    assert torch.equal(written["model.norm.weight"], base["model.norm.weight"])
+    lost, total = (
+        sum((model[name] - side[name]).double().square().sum().item() for name in model)
+        for side in (written, base)
+    )
+    (line,) = [message for message in caplog.messages if "leaves out" in message]
+    assert "magnitudes of 4 tensors" in line and "norms of 1 tensors" in line
+    assert float(line.split("lacks ")[1].split("%")[0]) == pytest.approx(100 * lost / total, abs=0.1)
+
+    config["parameters"] = {"adapter_leaves_out": "norm"}
+    result = adapter_command(config, tmp_path / "none")
+    assert result.exit_code == 1 and "did you mean norms?" in result.output
+    only = recipe("lora_task_arithmetic", llama, [saved], parameters={"adapter_leaves_out": "norms"})
+    assert adapter_command(only, tmp_path / "only").exit_code == 0
