@@ -14,8 +14,12 @@ from mergekit_tspa.merging.outputs import OutputTensor, TensorPlan
 from mergekit_tspa.merging.plan import MergePlan
 
 
-def adapter_tensors(plan: MergePlan, base: ModelTensors) -> list[TensorPlan]:
+def adapter_tensors(plan: MergePlan, base: ModelTensors | None, whole: bool = True) -> list[TensorPlan]:
     """The tensors of the merge as an adapter of the base.
+
+    Args:
+        base: the base model, if it is known
+        whole: whether the plan lays out the whole model, as that of a recipe does, or names only what it changes
 
     Raises:
         InputError: something in the merge is no low-rank update of a base tensor.
@@ -23,13 +27,16 @@ def adapter_tensors(plan: MergePlan, base: ModelTensors) -> list[TensorPlan]:
     changed = [output for output in plan.changed.values() if not _unchanged(plan, output)]
     if not changed:
         raise InputError("the merge changes no weight, so there is no adapter to write")
-    merged = _layers(base.find(output.base) or output.base for output in plan.outputs)
-    if missing := _layers(base.shapes) - merged:
-        raise InputError(
-            f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model"
-        )
+    if base is not None and whole:
+        merged = _layers(base.find(output.base) or output.base for output in plan.outputs)
+        if missing := _layers(base.shapes) - merged:
+            raise InputError(
+                f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model"
+            )
     for output in changed:
-        if len(base.shapes.get(base.find(output.base) or "", ())) > 2 and not output.parts[0].index:
+        shape = base.shapes.get(base.find(output.base) or "", ()) if base is not None else ()
+        convolution = any(module.convolution for module in output.parts[0].plan.modules)
+        if convolution or (len(shape) > 2 and not output.parts[0].index and "[" not in output.name):
             raise InputError(f"{output.name}: it is a convolution, for which no adapter is written")
         if reason := _obstacle(plan, output):
             raise InputError(f"{output.name}: {reason}, so the merge cannot be written as an adapter")
@@ -86,7 +93,7 @@ def _obstacle(plan: MergePlan, output: OutputTensor) -> str | None:
     (part, *more) = output.parts
     if output.base != output.name:
         return f"it is {output.base} of the base, whose layers this recipe rearranges"
-    if part.index or more:
+    if part.index or more or part.plan.name.endswith("]"):
         return "it is a fused expert"
     if part.plan.changes:
         return (
