@@ -16,6 +16,7 @@ _LAZY = {
     "InputError": "mergekit_tspa.errors",
     "LoraFactors": "mergekit_tspa.updates",
     "METHODS": "mergekit_tspa.methods",
+    "MergedAdapters": "mergekit_tspa.merging.api",
     "add_merged_adapter": "mergekit_tspa.merging.loaded",
     "merge_adapters": "mergekit_tspa.merging.api",
     "read_adapter": "mergekit_tspa.adapters",

@@ -112,6 +112,23 @@ def test_misspelt_method(llama, adapters, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("command", ["adapter", "check", "inspect"])
+def test_help_explains_only_what_matters(command):
+    """Every option of mergekit is still accepted; those without effect stand together below."""
+    text = CliRunner().invoke(main, [command, "--help"], env={"COLUMNS": "80"}).output
+    explained, others = text.split("Accepted as by mergekit-yaml, without effect here:")
+    options = set(re.findall(r"^  (?:-j, |-v, )?(--[a-z-]+|-v)", explained, re.M))
+    assert "--trust-remote-code" in options and not options & {
+        "--clone-tensors",
+        "--write-threads",
+        "--copy-tokenizer",
+    }
+    assert ("--out-shard-size" in options) == (command == "check") != ("--out-shard-size" in others)
+    assert ("--device" in options) == (command != "check")
+    every = [option for parameter in main.get_command(None, command).params for option in parameter.opts[:1]]
+    assert all(option in text for option in every if option.startswith("-")) and len(every) > 24
+
+
 def test_own_commands():
     help_text = run("mergekit-tspa", "--help").stdout
     for command in ("yaml", "multi", "adapter", "check", "inspect", "methods", "emr-task"):

@@ -1,6 +1,6 @@
 """An adapter in memory, and how it fits a base model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
@@ -15,7 +15,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.updates import LoraFactors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """A LoRA adapter in memory, in the file's precision."""
 
@@ -27,7 +27,14 @@ class Adapter:
     @classmethod
     def from_factors(cls, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> "Adapter":
         """An adapter from `{module: (B, A)}` with the scale folded in."""
-        for module, (B, A) in factors.items():
+        for module, pair in factors.items():
+            if not (
+                isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(f, Tensor) for f in pair)
+            ):
+                raise InputError(
+                    f"{name}: {module} has {type(pair).__name__} where a pair of tensors (B, A) is expected"
+                )
+            B, A = pair
             if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
                 raise InputError(
                     f"{name}: factors of {module} have shapes {tuple(B.shape)} and {tuple(A.shape)}; "
@@ -36,6 +43,9 @@ class Adapter:
             if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
                 raise InputError(f"{name}: a factor of {module} contains NaN or Inf")
         return cls(name, None, {module: LoraModule(B, A) for module, (B, A) in factors.items()})
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self.name}: {len(self.modules)} modules, {len(self.changes)} tensors trained directly>"
 
     @property
     def tensors(self) -> dict[str, str]:

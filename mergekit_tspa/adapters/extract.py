@@ -44,7 +44,7 @@ class ExtractedModule:
     kept: float | None = None  # ||U_k S_k V_k^T||^2 / ||D||^2; None: not known yet, or D is zero
 
     magnitude = base_part = None
-    transposed = embedding = False  # factors of the matrix as it is stored
+    transposed = embedding = convolution = False  # factors of the matrix as it is stored
 
     @property
     def rank(self) -> int:

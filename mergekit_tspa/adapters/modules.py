@@ -35,6 +35,7 @@ class LoraModule(NamedTuple):
     embedding: bool = False
     magnitude: Tensor | None = None  # (d_out,), of DoRA
     base_part: BasePart | None = None
+    convolution: bool = False  # PEFT's layer has factors with the dimensions of a kernel
 
     @property
     def rank(self) -> int:

@@ -161,6 +161,7 @@ def _read_module(
     B, A = _pair(module, parts, "embedding_" if embedding else "", file)
     if blocks := config.get("use_bdlora"):
         B, A = _expanded(module, B, A, blocks, file)
+    convolution = A.ndim > 2
     B, A = as_matrices(B, A, module, file)
     rank = _setting(config, "rank_pattern", "r", module, file)
     if rank != A.shape[0]:
@@ -183,6 +184,7 @@ def _read_module(
         embedding=embedding,
         magnitude=None if magnitude is None else magnitude.flatten(),
         base_part=None if embedding else _base_part(config, rank, scale),
+        convolution=convolution,
     )
 
 

@@ -6,7 +6,7 @@ import click
 import torch
 from rich.console import Console
 
-from mergekit_tspa.commands.options import MergeCommand
+from mergekit_tspa.commands.options import PLANNING, MergeCommand
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.table import find
 from mergekit_tspa.plugin.compat import (
@@ -19,7 +19,9 @@ from mergekit_tspa.plugin.dry_run import attempt, check, read_documents
 from mergekit_tspa.plugin.recipe import unknown_keys
 
 
-@click.command("check", cls=MergeCommand)
+@click.command(
+    "check", cls=MergeCommand, matters=(*PLANNING, "out_shard_size", "safe_serialization", "num_threads")
+)
 @click.argument("config_file", type=click.Path(path_type=Path))
 @add_merge_options
 @click.pass_context

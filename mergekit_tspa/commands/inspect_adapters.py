@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from mergekit_tspa.commands.command import NamedPath
-from mergekit_tspa.commands.options import MergeCommand
+from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.gather import inspect_adapters
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
@@ -18,7 +18,9 @@ from mergekit_tspa.progress import Bar
 _REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing else needs
 
 
-@click.command("inspect", cls=MergeCommand)
+@click.command(
+    "inspect", cls=MergeCommand, matters=(*PLANNING, *COMPUTING, *TALKING, "lazy_unpickle", "gpu_rich")
+)
 @click.argument("inputs", metavar="CONFIG|ADAPTER...", nargs=-1, required=True)
 @click.option(
     "--out", type=NamedPath(path_type=Path), default=Path("report"), help="Directory of the report."

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mergekit_tspa.commands.command import NamedPath
-from mergekit_tspa.commands.options import MergeCommand
+from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.adapter_output import write_merged_adapter
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
@@ -13,7 +13,11 @@ from mergekit_tspa.plugin.output import held
 from mergekit_tspa.plugin.recipe import read_recipe
 
 
-@click.command("adapter", cls=MergeCommand)
+@click.command(
+    "adapter",
+    cls=MergeCommand,
+    matters=(*PLANNING, *COMPUTING, *TALKING, "lazy_unpickle", "gpu_rich", "multi_gpu", "read_to_gpu"),
+)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=NamedPath(file_okay=False, path_type=Path))
 @add_merge_options

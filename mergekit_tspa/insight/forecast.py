@@ -68,22 +68,30 @@ class SeenAdapter(NamedTuple):
             yield said
 
     def row(self, weight: str, median: float) -> list[str]:
-        """Cells of the table of adapters: kind, rank, modules, dtype, norm, weight, base."""
+        """Cells of the table of adapters: kind, rank, number of modules, dtype, norm, weight."""
         modules = self.adapter.modules
         ranks = {len(module.A) for module in self.stored} or {module.rank for module in modules.values()}
-        layers = {name.partition("[")[0].rpartition(".")[2] for name in modules}
-        apart = "trained directly" if self.stored or not modules else "merged as they are"
-        changes = f"; {len(self.adapter.changes)} tensors {apart}" if self.adapter.changes else ""
         norm = "needs the base" if self.norm is None else f"{self.norm:.4g}"
         return [
             self.kind,
             " to ".join(str(rank) for rank in sorted({min(ranks), max(ranks)})) if ranks else "-",
-            f"{len(modules)}: {' '.join(sorted(layers))}{changes}",
+            str(len(modules)),
             ", ".join(sorted({str(module.A.dtype).removeprefix("torch.") for module in self.stored})) or "-",
             f"{norm} ({self.norm / median:.2g}x)" if self.norm and median else norm,
             weight,
-            PurePath(self.adapter.base).name if self.adapter.base else "-",
         ]
+
+    def about(self) -> str:
+        """What is too long for the table: which modules, what was trained directly, and the base."""
+        modules = self.adapter.modules
+        layers = sorted({name.partition("[")[0].rpartition(".")[2] for name in modules})
+        apart = "trained directly" if self.stored or not modules else "merged as they are"
+        parts = [
+            " ".join(layers),
+            f"{len(self.adapter.changes)} tensors {apart}" if self.adapter.changes else "",
+            f"trained on {PurePath(self.adapter.base).name}" if self.adapter.base else "",
+        ]
+        return "; ".join(filter(None, parts))
 
 
 class StoredAs(NamedTuple):
@@ -179,7 +187,8 @@ class Forecast:
         where = (
             "adapter/adapter_model.safetensors" if self.wants_adapter else "can be written (adapter: true)"
         )
-        return f"{where}, {str(dtype).removeprefix('torch.')}, rank {rank}{most}, {nbytes:,} bytes ({size(nbytes)}){most}"
+        precision = str(dtype).removeprefix("torch.")
+        return f"{where}, rank {rank}{most}, {precision}, {nbytes:,} bytes ({size(nbytes)}){most}"
 
     @property
     def _shard_size(self) -> int:

@@ -1,8 +1,11 @@
 """The Python entry: merge adapters without a recipe and without mergekit."""
 
 import os
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +18,22 @@ from mergekit_tspa.adapters import (
     locate_adapter,
     read_adapter,
 )
+from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.files import read_json
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.finish import MergedUpdate, finish
 from mergekit_tspa.merging.bases import warn_of_different_bases, warn_of_other_bases
 from mergekit_tspa.merging.merge import log_merge, merge_plan
-from mergekit_tspa.merging.outputs import Wanted
+from mergekit_tspa.merging.outputs import TensorPlan, Wanted
 from mergekit_tspa.merging.plan import MergePlan, plan_merge
+from mergekit_tspa.merging.servable import adapter_tensors, module_name, own_dtype, task_type_of
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.inputs import Parameters, Progress, silent
 from mergekit_tspa.methods.report import Report, Truncation, summary
+from mergekit_tspa.updates import LowRank
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
@@ -36,6 +43,86 @@ class MergedAdapters(dict[str, MergedUpdate]):
     """`{module: update}`, and what the method's solvers report of each stage."""
 
     reports: Sequence[Report | Truncation] = ()
+    plan: MergePlan | None = None
+    model: ModelTensors | None = None  # the base, if one was given
+    base: str | None = None  # its directory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "reports": self.reports
+        }  # the rest reads files, and stays behind when the updates are pickled
+
+    def __repr__(self) -> str:
+        modules = ", ".join([*self][:2]) + (", .." if len(self) > 2 else "")
+        return f"<MergedAdapters of {len(self)} modules: {modules}>"  # not the values of all tensors
+
+    def save_adapter(
+        self, path: str | os.PathLike[str], base: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Write the merge as one PEFT adapter of scale 1 and one rank, as `mergekit-tspa adapter` does.
+
+        Args:
+            path: a directory, which is made if it is not there.  An adapter that is there is replaced.
+            base: what the adapter names as its base model; by default the base of the merge, if it was given by its
+                path, else the one that all merged adapters name.
+            dtype: of the factors; by default the widest of the adapters' own, float32 if full models are among them.
+
+        Raises:
+            InputError: something in the merge is no low-rank update (DoRA magnitudes, tensors trained directly, fused
+                experts, convolutions, dense updates without `rank`), no base is known, or nothing can be written there.
+        """
+        directory = Path(path)
+        if self.plan is None:
+            raise InputError(
+                "these updates are a copy, which has lost its merge: save the adapter before copying"
+            )
+        tensors, _ = adapter_tensors(self.plan, self.model, whole=False)
+        tensors = [tensor for tensor in tensors if _module(tensor) in self]
+        updates = {tensor.name: self[_module(tensor)] for tensor in tensors}
+        bases = {adapter.base for adapter in self.plan.adapters if adapter.base}
+        base = base or self.base or (bases.pop() if len(bases) == 1 else None)
+        if base is None:
+            raise InputError(
+                "an adapter names its base model: give base=, its directory or its name on the hub"
+            )
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(
+                f"dtype must be a floating-point dtype of torch such as torch.bfloat16, not {dtype!r}"
+            )
+        _check_directory(directory, self.plan.adapters)
+        names = {module_name(tensor): tensor for tensor in tensors}
+        # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
+        factors = {
+            name: u if isinstance(u := updates[tensor.name], LowRank) else u.truncated(u.rank)
+            for name, tensor in names.items()
+        }
+        modules = {name: tensor.modules[0] for name, tensor in names.items()}
+        task_type = (
+            task_type_of(read_json(config)) if (config := Path(base, "config.json")).is_file() else None
+        )
+        write_adapter(directory, factors, modules, base, task_type, dtype or own_dtype(tensors))
+
+
+def _check_directory(directory: Path, adapters: Iterable[Adapter]) -> None:
+    """
+    Raises:
+        InputError: an adapter must not be written there.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: it is a file; name a directory")
+    if (directory / "config.json").exists():
+        raise InputError(
+            f"{directory}: holds a model, and transformers would apply an adapter beside its config.json a "
+            "second time; name another directory"
+        )
+    inputs = {os.path.realpath(os.path.expanduser(adapter.name)) for adapter in adapters}
+    if os.path.realpath(directory) in inputs:
+        raise InputError(f"{directory}: it is one of the merged adapters; name another directory")
+
+
+def _module(tensor: TensorPlan) -> str:
+    """The key of a tensor in `MergedAdapters`."""
+    return tensor.name.removesuffix(".weight")
 
 
 @torch.no_grad()
@@ -55,7 +142,7 @@ def merge_adapters(
         method: a name of `mergekit_tspa.METHODS`.
         adapters: each a PEFT directory, a hub repository, a mapping `module name -> (B, A)` with the LoRA
             scale folded in, or the directory of a full model of the base's architecture.
-        weights: one number per adapter, 1 by default; an adapter of weight 0 takes no part.
+        weights: one number per adapter, 1 by default, also as scalars of numpy or torch; an adapter of weight 0 takes no part.
         base: the base model, a checkpoint directory or a mapping of tensors.  Needed by methods that look at
             attention products, by PiSSA and OLoRA adapters, and by full models; for others it only checks names and
             shapes.
@@ -75,48 +162,96 @@ def merge_adapters(
     Raises:
         InputError: an unknown method or parameter, an adapter that cannot be read, shapes that differ.
     """
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"there is no method {method!r}; known are {', '.join(METHODS)}")
     row = METHODS[method]
-    if isinstance(adapters, str | os.PathLike | Mapping):
-        raise InputError("adapters must be a sequence: put the one adapter in a list")
-    if weights is None:
-        weights = [1.0] * len(adapters)
-    if not all(isinstance(weight, int | float) for weight in weights):
-        raise InputError(f"weights must be numbers, not {list(weights)}")
-    device = torch.device(device or "cpu")  # not torch's default device, where the adapters need not be
-    if not adapters or len(weights) != len(adapters):
+    adapters = _checked(adapters)
+    weights = [1.0] * len(adapters) if weights is None else _numbers(weights)
+    if len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight per adapter")
+    if base is not None and not isinstance(base, str | os.PathLike | Mapping):
+        raise InputError(f"base must be a directory or a mapping of tensors, not {base!r}")
+    device = _usable(device or "cpu")  # not torch's default device, where the adapters need not be
     paths = [os.path.realpath(adapter) for adapter in adapters if not isinstance(adapter, Mapping)]
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
         raise InputError(f"{twice[0]}: given twice; give it once with the summed weight")
     if "lambda_" in parameters:
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)
-    named = None if base is None or isinstance(base, Mapping) else os.fspath(base)
-    if base is not None and not isinstance(base, Mapping):
-        base = Checkpoint(base)
+    directory = None if base is None or isinstance(base, Mapping) else os.fspath(base)
+    if directory is not None:
+        base = Checkpoint(directory)
 
     model = None if base is None else ModelTensors.of("the base", base)
     extraction = row.extraction(parameters)
     loaded, touched = zip(
         *(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters))
     )
-    if named is None:
+    if directory is None:
         warn_of_different_bases(loaded)
     else:
-        warn_of_other_bases(loaded, named)
+        warn_of_other_bases(loaded, directory)
     plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry)
     updates, reports = merge_plan(plan, device, progress)
     log_merge([], loaded)
     merged = MergedAdapters(
-        {
-            tensor.name.removesuffix(".weight"): finish(tensor, updates.get(tensor.name))
-            for tensor in plan.every
-        }
+        {_module(tensor): finish(tensor, updates.get(tensor.name)) for tensor in plan.every}
     )
-    merged.reports = summary(reports)
+    merged.reports, merged.plan = summary(reports), plan
+    merged.model, merged.base = model, directory
     return merged
+
+
+def _checked(adapters: Sequence[AdapterLike]) -> list[AdapterLike]:
+    """
+    Raises:
+        InputError: it is no sequence of adapters, or an empty one.
+    """
+    if isinstance(adapters, str | os.PathLike | Mapping):
+        raise InputError("adapters must be a sequence: put the one adapter in a list")
+    if not isinstance(adapters, Iterable):
+        raise InputError(f"adapters must be a sequence, not {adapters!r}")
+    adapters = list(adapters)
+    if not adapters:
+        raise InputError("there are no adapters to merge: give at least one")
+    for i, adapter in enumerate(adapters):
+        if not isinstance(adapter, str | os.PathLike | Mapping):
+            raise InputError(
+                f"adapter {i} is {reprlib.repr(adapter)}: give a directory, a repository of the hub, or a mapping "
+                "{module: (B, A)}"
+            )
+    return adapters
+
+
+def _numbers(weights: Iterable[Any]) -> list[float]:
+    """The weights as Python's own numbers; scalars of numpy and torch count as numbers.
+
+    Raises:
+        InputError: one of them is no real number.
+    """
+    if not isinstance(weights, Iterable):
+        raise InputError(f"weights must be a sequence with one number per adapter, not {weights!r}")
+    given = list(weights)
+    plain = [weight.item() if getattr(weight, "shape", None) == () else weight for weight in given]
+    if not all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in plain):
+        raise InputError(f"weights must be numbers, not {reprlib.repr(given)}")
+    return plain
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """
+    Raises:
+        InputError: torch knows no such device, or this machine has none.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (
+        Exception
+    ) as error:  # an AssertionError without CUDA, a RuntimeError or TypeError for other devices
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"device {str(device)!r} cannot be used here ({reason}); the default is the CPU"
+        ) from error
 
 
 def plan_adapters(

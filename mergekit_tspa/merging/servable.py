@@ -32,12 +32,17 @@ class LeftOut(NamedTuple):
 
 
 def adapter_tensors(
-    plan: MergePlan, base: ModelTensors, leaves_out: Set[str] = frozenset()
+    plan: MergePlan,
+    base: ModelTensors | None,
+    leaves_out: Set[str] = frozenset(),
+    whole: bool = True,
 ) -> tuple[list[TensorPlan], list[LeftOut]]:
     """The tensors of the merge as an adapter of the base, and those whose change is not all in it.
 
     Args:
+        base: the base model, if it is known
         leaves_out: which of `LEFT_OUT` the adapter need not hold
+        whole: whether the plan lays out the whole model, as that of a recipe does, or names only what it changes
 
     Raises:
         InputError: something in the merge is no low-rank update of a base tensor.
@@ -45,18 +50,21 @@ def adapter_tensors(
     changed = [output for output in plan.changed.values() if not _unchanged(plan, output)]
     if not changed:
         raise InputError("the merge changes no weight, so there is no adapter to write")
-    merged = _layers(base.find(output.base) or output.base for output in plan.outputs)
-    if missing := _layers(base.shapes) - merged:
-        raise InputError(
-            f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model"
-        )
+    if base is not None and whole:
+        merged = _layers(base.find(output.base) or output.base for output in plan.outputs)
+        if missing := _layers(base.shapes) - merged:
+            raise InputError(
+                f"the recipe leaves out {min(missing)} of the base, so no adapter of the base gives its model"
+            )
     left_out = []
     for output in changed:
         if kinds := tuple(kind for kind in _kinds(output) if kind in leaves_out):
             left_out.append(LeftOut(output, kinds))
         if not output.parts[0].plan.sources and len(output.parts) == 1 and {*_kinds(output)} <= leaves_out:
             continue
-        if len(base.shapes.get(base.find(output.base) or "", ())) > 2 and not output.parts[0].index:
+        shape = base.shapes.get(base.find(output.base) or "", ()) if base is not None else ()
+        convolution = any(module.convolution for module in output.parts[0].plan.modules)
+        if convolution or (len(shape) > 2 and not output.parts[0].index and "[" not in output.name):
             raise InputError(f"{output.name}: it is a convolution, for which no adapter is written")
         if reason := _obstacle(plan, output, leaves_out):
             raise InputError(f"{output.name}: {reason}, so the merge cannot be written as an adapter")
@@ -156,7 +164,7 @@ def _obstacle(plan: MergePlan, output: OutputTensor, leaves_out: Set[str]) -> st
     (part, *more) = output.parts
     if output.base != output.name:
         return f"it is {output.base} of the base, whose layers this recipe rearranges"
-    if part.index or more:
+    if part.index or more or part.plan.name.endswith("]"):
         return "it is a fused expert"
     for kind in _kinds(output):
         if kind not in leaves_out:

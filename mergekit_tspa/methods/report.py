@@ -10,7 +10,7 @@ from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.stiefel import Solution
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a solver did to a batch."""
 
@@ -66,6 +66,9 @@ class Report:
             scales=[scales for report in reports for scales in report.scales],
         )
 
+    def __repr__(self) -> str:
+        return f"<{self}>"  # not the thousands of values in the fields
+
     def __str__(self) -> str:
         return (
             f"{self.stage} of {len(self.names)}: objective {self.start.sum():.4g} -> {self.end.sum():.4g} "
@@ -73,7 +76,7 @@ class Report:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Truncation:
     """What `rank` left of each merged update: the share of `||dW||^2`."""
 
@@ -83,6 +86,9 @@ class Truncation:
     @classmethod
     def joined(cls, reports: Sequence["Truncation"]) -> "Truncation":
         return cls({name: share for report in reports for name, share in report.kept.items()})
+
+    def __repr__(self) -> str:
+        return f"<{self}>"  # not the thousands of values in the fields
 
     def __str__(self) -> str:
         worst = min(self.kept, key=self.kept.__getitem__)

@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask as ExecuteMergeMethodTask
     from mergekit.multigpu_executor import MultiGPUExecutor as MultiGPUExecutor
     from mergekit.options import MergeOptions as MergeOptions
-    from mergekit.options import PrettyPrintHelp as PrettyPrintHelp
     from mergekit.options import add_merge_options as add_merge_options
     from mergekit.plan import MergePlanner as MergePlanner
 
@@ -266,7 +265,6 @@ TAKEN = (
         "apply_global_options device multi_gpu num_threads out_shard_size quiet random_seed "
         "safe_serialization transformers_cache trust_remote_code unsafe_truncate_embeddings",
     ),
-    Needed("mergekit.options", "PrettyPrintHelp"),
     Needed("mergekit.options", "add_merge_options", "f"),
     Needed("mergekit.plan", "MergePlanner", "config arch_info options out_model_config", "config options"),
 )

@@ -58,16 +58,19 @@ class DryRun:
         weights = weight_ranges(self.forecast.plan) if self.forecast else {}
         norms = [adapter.norm for adapter in self.adapters if adapter.norm]
         names = short_names([adapter.adapter.name for adapter in self.adapters])
-        columns = ("kind", "rank", "modules", "dtype", "norm (of the median)", "weight")
-        name, base = (Column(header, overflow="fold") for header in ("adapter", "trained on"))
-        table = Table(name, *columns, base, show_lines=True)
+        columns = ("kind", "rank", "modules", "dtype", "norm (of median)", "weight")
+        table = Table(Column("adapter", overflow="fold"), *columns, show_lines=True)
+        alike: dict[str, list[str]] = {}
         for name, adapter in zip(names, self.adapters):
             row = adapter.row(
                 weights.get(adapter.adapter.name, "-"), statistics.median(norms) if norms else 0
             )
             table.add_row(name, *row)
+            alike.setdefault(adapter.about(), []).append(name)
         if self.adapters:
             console.print(table)
+        for about, of in alike.items():
+            console.print(f"{', '.join(of)}: {about}", soft_wrap=True)
         for label, text in self.forecast.rows(self.adapters) if self.forecast else ():
             console.print(f"{label}: {text}", soft_wrap=True)
         for warning in self.warnings:

@@ -72,6 +72,19 @@ def test_the_merge_does_what_was_promised(method, parameters, top, llama, adapte
     )
 
 
+def test_the_table_is_readable_at_80_columns(llama, adapters, tmp_path):
+    """Each adapter has one line of the table, and the modules stand below it."""
+    file = write_recipe(tmp_path / "check.yml", recipe("core_tsv", llama, adapters, [1, 0.5, 0.8]))
+    result = CliRunner().invoke(main, ["check", str(file)], env={"COLUMNS": "80"})
+    lines = result.stdout.splitlines()
+    rows = [line for line in lines if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == ["one", "two", "three"]
+    assert all(len(row) <= 80 for row in rows)
+    assert any(
+        line.startswith("three: down_proj gate_proj k_proj o_proj q_proj up_proj v_proj; ") for line in lines
+    )
+
+
 def test_full_models(llama, adapters, tmp_path, monkeypatch):
     """Said like adapters, without reading their linear weights; the result has at most the rank that is promised."""
     full = save_full(llama, tmp_path / "full", adapters[2])
@@ -130,9 +143,10 @@ def test_what_is_said_of_adapters(llama, adapters, tmp_path):
     assert [row[0] for row in rows] == ["one", "two", "three", "dora"]
     assert [row[1] for row in rows] == ["LoRA", "LoRA", "rsLoRA", "DoRA"]
     assert [row[2] for row in rows] == ["4", "2", "6", "4"]
-    assert rows[1][3] == "4: q_proj up_proj" and rows[0][4] == "float32"
+    assert rows[1][3] == "4" and rows[0][4] == "float32"
     assert [row[6] for row in rows] == ["1", "0.5", "0.25 to 0.75", "2"]
-    assert [row[7] for row in rows] == [llama.name] * 4
+    assert f"two: q_proj up_proj; trained on {llama.name}" in result.stdout
+    assert f"one, dora: q_proj v_proj; trained on {llama.name}" in result.stdout
     base, merged = load_file(llama / "model.safetensors"), peft_merged(llama, adapters[2])
     norm = torch.stack([(merged[name] - W).norm() for name, W in base.items()]).norm().item()
     assert float(rows[2][5].split()[0]) == pytest.approx(norm, rel=1e-3)
