@@ -45,7 +45,8 @@ class Adapter:
         return cls(name, None, {module: LoraModule(B, A) for module, (B, A) in factors.items()})
 
     def __repr__(self) -> str:
-        return f"<Adapter {self.name}: {len(self.modules)} modules, {len(self.changes)} tensors trained directly>"
+        directly = f"{len(self.changes)} tensors trained directly"
+        return f"<Adapter {self.name}: {len(self.modules)} modules, {directly}>"
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -71,9 +72,9 @@ class Adapter:
     def fit(self, base: ModelTensors) -> tuple["Adapter", dict[str, str]]:
         """Match the adapter to a base model: itself, and `{base tensor: module that updates it}`.
 
-        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores `fan_in_fan_out`
-        where the two contradict each other, so the orientation of each module is settled here: by the base's
-        architecture, and by the flag only where the base has no configuration.
+        Its changes take the names of the base's tensors.  PEFT goes by a layer's class and ignores
+        `fan_in_fan_out` where the two contradict each other, so the orientation of each module is settled
+        here: by the base's architecture, and by the flag only where the base has no configuration.
 
         Raises:
             InputError: a module has no tensor in the base, or one that has another shape, is quantised, or
@@ -102,8 +103,8 @@ class Adapter:
         if conv1d := architecture_of(base.config).conv1d:
             found = found._replace(transposed=found.embedding or tensor.split(".")[-2] in conv1d)
         elif found.transposed and not found.embedding and "[" not in tensor and base.config.get("model_type"):
-            # Layers of other architectures are nn.Linear.  One that `ARCHITECTURES` lacks may have Conv1D layers
-            # of its own: their shapes say so, if they are not square.
+            # Layers of other architectures are nn.Linear.  One that `ARCHITECTURES` lacks may have Conv1D
+            # layers of its own: their shapes say so, if they are not square.
             upright = found._replace(transposed=False)
             found = found if found.shape == there != upright.shape else upright
         if found.shape != there:
@@ -161,8 +162,8 @@ class Adapter:
         if not base.tied or not (head or embedding):
             return self.changes
         trained = self.changes.get(embedding or "")
-        # PEFT ties rows of tokens by itself.  It ties whole embeddings only with ensure_weight_tying, and then it
-        # saves both.
+        # PEFT ties rows of tokens by itself.  It ties whole embeddings only with ensure_weight_tying, and
+        # then it saves both.
         together = trained and (trained.equals(self.changes[head]) if head else trained.rows is not None)
         if not together:
             raise InputError(

@@ -80,7 +80,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix != ".safetensors":
             return load_pickle(file)
         with safe_open(file, framework="pt") as opened:
-            return {check_name(key, file): opened.get_tensor(key).clone() for key in opened.keys()}
+            keys = opened.keys()  # what is opened is no mapping
+            return {check_name(key, file): opened.get_tensor(key).clone() for key in keys}
 
 
 def check_values(tensor: Tensor, key: str, file: Path) -> None:

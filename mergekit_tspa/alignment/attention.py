@@ -49,8 +49,8 @@ class PairProblem(NamedTuple):
 
 # -- sides from raw tensors: W (d_out, d_in), B (n, d_out, r), A (n, r, d_in) -------------------------------
 
-# Base X (G, m, p, d), outer L (n, p, r), inner S (n, G, m, r, d). The base enters the objective only through the
-# other side's LoRA, so it may be None when there is none.
+# Base X (G, m, p, d), outer L (n, p, r), inner S (n, G, m, r, d). The base enters the objective only through
+# the other side's LoRA, so it may be None when there is none.
 Side = tuple[Tensor | None, Tensor, Tensor]
 
 

@@ -1,7 +1,9 @@
-"""Rotation-symmetry matching (Zhang et al., 2025, arXiv 2502.00264): turn a pair of matrices towards another pair.
+"""Rotation-symmetry matching (Zhang et al., 2025, arXiv 2502.00264): turn a pair of matrices towards another
+pair.
 
-Matrices X (d, p) and Y (d, q) of which only `X^T Y` matters may be turned together, `(R X, R Y)`: query and key of an
-attention head, value and transposed output of a head, or the factors of a LoRA update. Leading dimensions are batches.
+Matrices X (d, p) and Y (d, q) of which only `X^T Y` matters may be turned together, `(R X, R Y)`: query and
+key of an attention head, value and transposed output of a head, or the factors of a LoRA update. Leading
+dimensions are batches.
 """
 
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 
 
 def match(X: Tensor, Y: Tensor, X_0: Tensor, Y_0: Tensor, scale: bool = False) -> tuple[Tensor, Tensor]:
-    """`(k R X, R Y / k)`: R is nearest to the anchor in Frobenius norm, and then k; without `scale`, k is 1."""
+    """`(k R X, R Y / k)`: R is nearest to the anchor in Frobenius norm, and then k; without `scale`, k is
+    1.
+    """
     R = procrustes(torch.cat([X, Y], dim=-1), torch.cat([X_0, Y_0], dim=-1))
     X, Y = R @ X, R @ Y
     if not scale:
@@ -21,8 +25,8 @@ def match(X: Tensor, Y: Tensor, X_0: Tensor, Y_0: Tensor, scale: bool = False) -
 def procrustes(X: Tensor, Y: Tensor) -> Tensor:
     """The orthogonal R (..., d, d) that minimises `||R X - Y||`: `U V^T` for `Y X^T = U S V^T`.
 
-    Directions that X and Y do not share have no best rotation; they are turned as little as possible, which the
-    multiple of the identity sees to.
+    Directions that X and Y do not share have no best rotation; they are turned as little as possible, which
+    the multiple of the identity sees to.
     """
     size = X.norm(dim=(-2, -1)) * Y.norm(dim=(-2, -1))
     one = torch.eye(X.shape[-2], dtype=X.dtype, device=X.device)
@@ -34,8 +38,8 @@ def procrustes(X: Tensor, Y: Tensor) -> Tensor:
 def best_scale(X: Tensor, Y: Tensor, X_0: Tensor, Y_0: Tensor) -> Tensor:
     """The positive k (...) that minimises `||k X - X_0||^2 + ||Y / k - Y_0||^2`, 1 if X or Y is zero.
 
-    It is a root of `a k^4 - b k^3 + c k - d`, with `a = ||X||^2`, `b = <X, X_0>`, `c = <Y, Y_0>` and `d = ||Y||^2`.
-    The real parts of the other roots cost more.
+    It is a root of `a k^4 - b k^3 + c k - d`, with `a = ||X||^2`, `b = <X, X_0>`, `c = <Y, Y_0>` and `d =
+    ||Y||^2`. The real parts of the other roots cost more.
     """
     a, b, c, d = ((P * Q).sum((-2, -1))[..., None] for P, Q in ((X, X), (X, X_0), (Y, Y_0), (Y, Y)))
     free = (a > 0) & (d > 0)

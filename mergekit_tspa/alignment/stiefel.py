@@ -20,7 +20,9 @@ Results = TypeVar("Results", bound=tuple[Any, ...])
 
 
 class Solution(NamedTuple):
-    """The best point looked at, per problem, and what is known about it. Every field has the problems in front."""
+    """The best point looked at, per problem, and what is known about it. Every field has the problems in
+    front.
+    """
 
     point: Tensor  # (problems, ..., k, d)
     log_s: Tensor  # (problems, n)
@@ -48,15 +50,15 @@ def minimise(
     """Minimise many independent objectives at once over orthonormal rows and log scales.
 
     ``objective(point, log_s)`` returns the loss of each problem ``(problems,)`` and the Euclidean gradients
-    with respect to ``point`` and ``log_s``, which are overwritten. Each loss is divided by its start value, so
-    that step sizes and epsilon mean the same everywhere; a problem that starts at or below ``floor`` (rounding
-    noise) stays there.
+    with respect to ``point`` and ``log_s``, which are overwritten. Each loss is divided by its start value,
+    so that step sizes and epsilon mean the same everywhere; a problem that starts at or below ``floor``
+    (rounding noise) stays there.
 
     ``tolerance`` stops early once the sum of the normalised losses fell by less than that fraction within
     ``CHECK_EVERY`` steps; 0 always takes all steps. ``solver`` is ``"amsgrad"`` or ``"geoopt"``, which take
     the same steps; the latter runs geoopt's own RiemannianAdam and serves as the reference. ``on_progress``
-    hears the fraction done and the mean normalised loss; ``first`` is the number of the first problem, for the
-    message of a FloatingPointError.
+    hears the fraction done and the mean normalised loss; ``first`` is the number of the first problem, for
+    the message of a FloatingPointError.
     """
     unturned, point = point, point.clone(memory_format=torch.contiguous_format)
     advance = {"amsgrad": _amsgrad, "geoopt": _geoopt}[solver](point, log_s, lr)
@@ -116,7 +118,8 @@ def leave_saddle(point: Tensor, similarity: Tensor, seed: int | None, size: floa
 
     Identical adapters have zero gradient at the identity although other rotations are better. ``similarity``
     ``(problems, factors, n, n)`` holds the adapters' inner products in each of their factors. All problems
-    draw the same rotations, so a problem's result does not depend on its batch.  Without a seed nothing moves.
+    draw the same rotations, so a problem's result does not depend on its batch.  Without a seed nothing
+    moves.
     """
     if seed is None:
         return point
@@ -166,8 +169,9 @@ def _transport(M: Tensor, V: Tensor) -> Tensor:
 def _gradient(D: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """In place, the Riemannian gradient, and its squared length, both of the rotation that moves V.
 
-    ``V = Q^T R`` moves by ``V W`` when R moves by ``R W``, ``W = skew(V^T D)``; hence ``(D - V D^T V) / 2`` and
-    ``||W||^2 = (||D||^2 - tr (D V^T)^2) / 2``.  So ``lr`` is the step length of R itself, for k < d as for k = d.
+    ``V = Q^T R`` moves by ``V W`` when R moves by ``R W``, ``W = skew(V^T D)``; hence ``(D - V D^T V) / 2``
+    and ``||W||^2 = (||D||^2 - tr (D V^T)^2) / 2``.  So ``lr`` is the step length of R itself, for k < d as
+    for k = d.
     """
     A = torch.bmm(D, V.mT)
     length = torch.linalg.vector_norm(D, dim=(1, 2), keepdim=True)

@@ -41,7 +41,8 @@ class Checkpoint(Mapping[str, Tensor]):
                     raise InputError(f"{index}: has no weight_map; copy or save the checkpoint again")
                 return {check_name(tensor, index): self._shard(file, index) for tensor, file in files.items()}
             if single.is_file():
-                return {check_name(tensor, single): single for tensor in self._open(single).keys()}
+                names = self._open(single).keys()  # of a mapping, or of safetensors' file
+                return {check_name(tensor, single): single for tensor in names}
         raise InputError(f"{self.directory}: no {' or '.join(names)} there, whole or sharded")
 
     def _shard(self, file: Any, index: Path) -> Path:

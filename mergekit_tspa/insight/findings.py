@@ -1,7 +1,7 @@
 """From numbers to sentences: what is so, and what follows from it.
 
-Advice is given only where merges of more than one set of adapters were measured, and what was measured says so.
-Everything else is a fact, and the person who reads it decides.
+Advice is given only where merges of more than one set of adapters were measured, and what was measured says
+so. Everything else is a fact, and the person who reads it decides.
 """
 
 from collections import Counter
@@ -19,8 +19,8 @@ CLEARLY = 1.05  # ratio of used ranks that is worth a word
 LITTLE = 0.05  # share of the energy that cross terms may add or take away without a word
 SHARED_START = 0.5  # overlap of row spaces above which adapters are taken to share their initial A
 UNEQUAL = 1.5  # ratio of norms that is worth a word
-# Methods that sum the factors apart.  On adapters that share their initial A each of them did worse than the base
-# alone, on two sets of adapters: benchmarks/results/quality.md.
+# Methods that sum the factors apart.  On adapters that share their initial A each of them did worse than the
+# base alone, on two sets of adapters: benchmarks/results/quality.md.
 SUM_FACTORS = (
     "factor_linear",
     "factor_dare_linear",
@@ -75,14 +75,14 @@ def _sizes(ins: Inspection) -> Iterator[Finding]:
         )
     elif largest <= UNEQUAL * smallest:
         yield Finding(
-            f"The {len(names)} adapters are of like size: norms {smallest:.3g} ({names[low]}) to {largest:.3g} "
-            f"({names[high]}), weights included."
+            f"The {len(names)} adapters are of like size: norms {smallest:.3g} ({names[low]}) to "
+            f"{largest:.3g} ({names[high]}), weights included."
         )
     else:
         ratio = f", {largest / smallest:.1f} times less" if smallest else ""
         yield Finding(
-            f"{names[high]} is the largest, with norm {largest:.3g}, {names[low]} the smallest, with {smallest:.3g}"
-            f"{ratio}, weights included."
+            f"{names[high]} is the largest, with norm {largest:.3g}, {names[low]} the smallest, with "
+            f"{smallest:.3g}{ratio}, weights included."
         )
 
 
@@ -116,8 +116,8 @@ def _meeting(ins: Inspection) -> Iterator[Finding]:
     apart = [pair for pair, meet in zip(ins.pairs, met) if not meet]
     if len(apart) == len(ins.pairs):
         yield Finding(
-            f"No two of the {len(ins.names)} adapters share a weight (0 of {len(ins.tensors)}): nothing is compared, "
-            "and they merge without touching each other."
+            f"No two of the {len(ins.names)} adapters share a weight (0 of {len(ins.tensors)}): nothing is "
+            "compared, and they merge without touching each other."
         )
     elif apart:
         named = "; ".join(f"{ins.names[t]} and {ins.names[u]}" for t, u in apart[:3])
@@ -135,8 +135,8 @@ def _start(ins: Inspection) -> Iterator[Finding]:
     if not shared:
         read, written = (sum(overlaps.values()) / len(overlaps) for overlaps in (inputs, outputs))
         yield Finding(
-            f"The adapters do not share an initial A: row spaces overlap by {read:.1%} (chance {ins.chance():.1%}), "
-            f"column spaces by {written:.1%}."
+            f"The adapters do not share an initial A: row spaces overlap by {read:.1%} (chance "
+            f"{ins.chance():.1%}), column spaces by {written:.1%}."
         )
         return
     who = "All pairs" if len(shared) == len(inputs) else f"{len(shared)} of {len(inputs)} pairs"
@@ -146,7 +146,10 @@ def _start(ins: Inspection) -> Iterator[Finding]:
     )
     growth = ins.growth_apart()
     grown = f"that makes {growth:.1f} times the norm of the sum here, and " if growth else ""
-    measured = f"{grown}on two such sets of adapters it did worse than the base alone (benchmarks/results/quality.md)."
+    measured = (
+        f"{grown}on two such sets of adapters it did worse than the base alone "
+        "(benchmarks/results/quality.md)."
+    )
     if ins.merge is None:
         yield Finding(fact, f"Do not sum factors apart ({', '.join(SUM_FACTORS)}): {measured}")
     elif ins.merge.method in SUM_FACTORS:
@@ -162,7 +165,10 @@ def _sum(ins: Inspection) -> Iterator[Finding]:
     if cross != cross or not ins.of_pairs(ins.shared).any():
         return
     orthogonal = ratio / (1 + cross) ** 0.5
-    fact = f"||sum|| is {ratio:.0%} of the sum of norms, against {orthogonal:.0%} if the adapters were orthogonal"
+    fact = (
+        f"||sum|| is {ratio:.0%} of the sum of norms, against {orthogonal:.0%} if the adapters were "
+        "orthogonal"
+    )
     if abs(cross) <= LITTLE:
         fact += f": over the whole model they neither add up nor cancel ({cross:+.2%} of energy)."
     elif cross > 0:
@@ -185,17 +191,19 @@ def _pulls(ins: Inspection) -> Iterator[Finding]:
     yield from (_fight(ins, run) for run in first)
     if not fights:
         yield Finding(
-            f"No two adapters fight: the smallest cosine of {len(values)} meetings in a weight is {least:.3f}."
+            f"No two adapters fight: the smallest cosine of {len(values)} meetings in a weight is "
+            f"{least:.3f}."
         )
     elif fights > sum(len(run.layers) for run in first):
         yield Finding(
-            f"{fights} of {len(values)} meetings in a weight are fights (cosine below {FIGHT}), the worst {least:.2f}."
+            f"{fights} of {len(values)} meetings in a weight are fights (cosine below {FIGHT}), the worst "
+            f"{least:.2f}."
         )
     if together := runs(ins, lambda cosine: cosine > AGREE):
         run = together[0]
         yield Finding(
-            f"{ins.names[run.t]} and {ins.names[run.u]} agree most, in {_where(run)}: mean cosine {run.cosine:.2f}, "
-            f"sign conflict {run.conflict:.0%} (chance 50%)."
+            f"{ins.names[run.t]} and {ins.names[run.u]} agree most, in {_where(run)}: mean cosine "
+            f"{run.cosine:.2f}, sign conflict {run.conflict:.0%} (chance 50%)."
         )
 
 
@@ -209,8 +217,8 @@ def _fight(ins: Inspection, run: Run) -> Finding:
     t, u = sorted(zip(kept, (ins.names[t] for t in both)))
     return Finding(
         f"{ins.names[run.t]} and {ins.names[run.u]} pull against each other in {_where(run)}: mean cosine "
-        f"{run.cosine:.2f}, sign conflict {run.conflict:.0%} (chance 50%); a plain sum of the two keeps {t[0]:.0%} of "
-        f"{t[1]} and {u[0]:.0%} of {u[1]} there."
+        f"{run.cosine:.2f}, sign conflict {run.conflict:.0%} (chance 50%); a plain sum of the two keeps "
+        f"{t[0]:.0%} of {t[1]} and {u[0]:.0%} of {u[1]} there."
     )
 
 
@@ -248,8 +256,8 @@ def _survival(ins: Inspection) -> Iterator[Finding]:
 
 def _stages(ins: Inspection) -> Iterator[Finding]:
     said = [
-        f"{s.name} {1 - s.end.sum() / s.start.sum():.1%} ({s.start.sum():.4g} to {s.end.sum():.4g}, mean angle "
-        f"{s.angles.nanmean():.0f} degrees)"
+        f"{s.name} {1 - s.end.sum() / s.start.sum():.1%} ({s.start.sum():.4g} to {s.end.sum():.4g}, mean "
+        f"angle {s.angles.nanmean():.0f} degrees)"
         for s in ins.stages()
         if s.start.sum() > 0
     ]

@@ -1,4 +1,6 @@
-"""What a planned merge would write and take, and what is worth a warning before it starts (`mergekit-tspa check`)."""
+"""What a planned merge would write and take, and what is worth a warning before it starts (`mergekit-tspa
+check`).
+"""
 
 import math
 import re

@@ -1,4 +1,6 @@
-"""All numbers of one report: what `measures` says of every module, and what a merge leaves of the adapters."""
+"""All numbers of one report: what `measures` says of every module, and what a merge leaves of the
+adapters.
+"""
 
 import re
 from collections.abc import Sequence
@@ -256,15 +258,16 @@ def _not_measured(plans: Sequence[TensorPlan]) -> list[str]:
                 kept.setdefault(adapter.name, []).append(module.kept)
     for name, count in magnitudes.items():
         notes.append(
-            f"{name}: the DoRA magnitudes of {count} weights are not measured, only their low-rank updates are"
+            f"{name}: the DoRA magnitudes of {count} weights are not measured, only their low-rank updates "
+            "are"
         )
     for name, shares in kept.items():
         share = f"{sum(shares) / len(shares):.1%} of its difference to the base on average"
         notes.append(f"{name} is a full model: what is measured are factors that keep {share}")
     if changes:
         notes.append(
-            f"{len(changes)} tensors that adapters trained directly (modules_to_save, biases, tokens, or a full "
-            f"model's own), {changes[0]} among them, are not measured"
+            f"{len(changes)} tensors that adapters trained directly (modules_to_save, biases, tokens, or a "
+            f"full model's own), {changes[0]} among them, are not measured"
         )
     return notes
 

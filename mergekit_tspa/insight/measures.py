@@ -1,4 +1,5 @@
-"""Numbers about low-rank updates ``D_t = B_t A_t``, from their singular vectors; no ``d_out x d_in`` matrix is formed.
+"""Numbers about low-rank updates ``D_t = B_t A_t``, from their singular vectors; no ``d_out x d_in`` matrix
+is formed.
 
 All numbers but `apart` belong to the updates, not to how they are split into factors.  Letters of shapes:
 m modules of one shape, n adapters, r_t rank of the factors of adapter t, R = sum r_t.
@@ -40,7 +41,8 @@ def svd(B: Tensor, A: Tensor) -> Svd:
 
 
 def effective_rank(S: Tensor) -> Tensor:
-    """``exp(-sum p_i ln p_i)``, ``p_i = s_i / sum s``: how many directions of equal size carry as much; 0 of zero.
+    """``exp(-sum p_i ln p_i)``, ``p_i = s_i / sum s``: how many directions of equal size carry as much; 0 of
+    zero.
 
     Roy & Vetterli, The effective rank, EUSIPCO 2007.
 
@@ -79,7 +81,8 @@ def principal_angles(cross: Tensor, dims: Tensor) -> Tensor:
 
 
 def sign_conflict(sample: Tensor) -> Tensor:
-    """Share of the entries, non-zero in both of two updates, whose signs differ: 0.5 is chance; NaN if there is none.
+    """Share of the entries, non-zero in both of two updates, whose signs differ: 0.5 is chance; NaN if there
+    is none.
 
     Args:
         sample: the same entries of every update  # (m, n, entries)
@@ -99,7 +102,9 @@ def sample_rows(d_out: int, d_in: int, seed: int = 0) -> Tensor:
 
 
 class Measures(NamedTuple):
-    """Of m modules and n adapters; NaN where an adapter has no part, and where a zero update has nothing to say."""
+    """Of m modules and n adapters; NaN where an adapter has no part, and where a zero update has nothing to
+    say.
+    """
 
     norm: Tensor  # (m, n)  ||D_t||
     rank: Tensor  # (m, n)  numerical
@@ -130,8 +135,8 @@ def measure(factors: Sequence[LoraFactors], seed: int = 0) -> Measures:
     """Everything about m modules of one shape that the same n adapters touch.
 
     With ``O = [U_1 .. U_n]^T [U_1 .. U_n]``, and ``I`` alike of the V, ``<D_t, D_u>`` is the sum of
-    ``s_i s_j O_ij I_ij`` over i of t and j of u; the singular values of their blocks are the cosines of the principal
-    angles.
+    ``s_i s_j O_ij I_ij`` over i of t and j of u; the singular values of their blocks are the cosines of the
+    principal angles.
 
     Args:
         factors: per adapter ``B (m, d_out, r_t)`` and ``A (m, r_t, d_in)``
@@ -179,10 +184,10 @@ def interference(inner: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """How the weighted updates of a module add up.
 
     Returns:
-        ``||sum_t a_t D_t|| / sum_t ||a_t D_t||``, which is 1 if all point the same way and ``1 / sqrt(n)`` for n
-        orthogonal ones of equal size; and ``||sum_t a_t D_t||^2 / sum_t ||a_t D_t||^2 - 1``, the share that the cross
-        terms add to the energy: 0 if they are orthogonal, below 0 where they cancel, above 0 where they add up.  NaN
-        where fewer than two updates meet.
+        ``||sum_t a_t D_t|| / sum_t ||a_t D_t||``, which is 1 if all point the same way and ``1 / sqrt(n)``
+        for n orthogonal ones of equal size; and ``||sum_t a_t D_t||^2 / sum_t ||a_t D_t||^2 - 1``, the share
+        that the cross terms add to the energy: 0 if they are orthogonal, below 0 where they cancel, above 0
+        where they add up.  NaN where fewer than two updates meet.
 
     Args:
         inner: <D_t, D_u>  # (..., n, n)
@@ -204,7 +209,8 @@ def cosines(inner: Tensor) -> Tensor:
 
 
 def apart(factors: Sequence[LoraFactors]) -> Tensor:
-    """``||(sum_t B_t)(sum_t A_t)||`` (m,): the norm of the sum of the factors apart, with its cross terms ``B_t A_u``.
+    """``||(sum_t B_t)(sum_t A_t)||`` (m,): the norm of the sum of the factors apart, with its cross terms
+    ``B_t A_u``.
 
     NaN for ranks that differ.  The only number here that depends on how an update is split into its factors.
     """

@@ -25,14 +25,15 @@ _TERMS = (
     ("norm", "||D||, the Frobenius norm of an adapter's update D = B A of a weight, LoRA scale included."),
     (
         "effective rank",
-        "exp of the entropy of the singular values divided by their sum: 1 if one direction does everything, r if r "
+        "exp of the entropy of the singular values divided by their sum: 1 if one direction does "
+        "everything, r if r "
         "directions are of equal size. Stable rank: ||D||² over the largest squared singular value.",
     ),
     ("cosine", "<D, D'> / (||D|| ||D'||): 1 the same update, 0 orthogonal, below 0 against each other."),
     (
         "overlap",
-        "mean squared cosine of the principal angles between the row spaces (what is read) or column spaces (what is "
-        "written) of two updates: 1 the same space or one inside the other, 0 orthogonal.",
+        "mean squared cosine of the principal angles between the row spaces (what is read) or column spaces "
+        "(what is written) of two updates: 1 the same space or one inside the other, 0 orthogonal.",
     ),
     (
         "sign conflict",
@@ -40,7 +41,8 @@ _TERMS = (
     ),
     (
         "cross terms",
-        "||sum a D||² / sum ||a D||² - 1: what meeting adds to the energy of the weighted sum, or takes away; "
+        "||sum a D||² / sum ||a D||² - 1: what meeting adds to the energy of the weighted sum, or takes "
+        "away; "
         "||sum|| / sum of norms is 1 if all point one way, 1/sqrt(n) for n orthogonal updates of equal size.",
     ),
     ("survives", "<M, D> / ||D||² of the merged update M: the part of an adapter that is still in it."),
@@ -64,7 +66,8 @@ def check_out(out: Path) -> None:
 
 
 def write_page(ins: Inspection, found: Sequence[Finding], out: Path, progress: Progress) -> Path:
-    """Write the pictures, then the page, which takes its name when it is whole; files of an earlier report go first.
+    """Write the pictures, then the page, which takes its name when it is whole; files of an earlier report go
+    first.
 
     Raises:
         InputError: a file cannot be written.

@@ -1,4 +1,6 @@
-"""Pictures of an inspection, each in a light and a dark version on a transparent ground; drawn without a display."""
+"""Pictures of an inspection, each in a light and a dark version on a transparent ground; drawn without a
+display.
+"""
 
 import io
 import warnings
@@ -22,7 +24,9 @@ NAMES = ("norms", "ranks", "pairs", "meeting", "pulls", "survival", "objectives"
 
 
 class Theme(NamedTuple):
-    """Colours; the maps are legible with every kind of colour vision, and their middle recedes into the ground."""
+    """Colours; the maps are legible with every kind of colour vision, and their middle recedes into the
+    ground.
+    """
 
     suffix: str
     text: str
@@ -77,7 +81,8 @@ def pictures(ins: Inspection) -> Iterator[Picture]:
         )
         yield _adapters_picture(
             *(ins, "ranks", "Effective ranks", ins.measures.effective_rank, "effective rank"),
-            "How many directions each update really uses: the exponential of the entropy of its singular values.",
+            "How many directions each update really uses: the exponential of the entropy of its singular "
+            "values.",
         )
     if ins.of_pairs(ins.shared).any():
         yield _pairs_picture(ins)
@@ -89,14 +94,15 @@ def pictures(ins: Inspection) -> Iterator[Picture]:
         if not share.isnan().all():
             yield _adapters_picture(
                 *(ins, "survival", f"What survives in {ins.merge.method}", share, "<M, D> / ||D||²"),
-                "1: all of the adapter's update is in the merged one; 0: none; above its weight: it is counted more "
-                "than once.",
+                "1: all of the adapter's update is in the merged one; 0: none; above its weight: it is "
+                "counted more than once.",
                 reach=1.0,
             )
         yield from _stage_pictures(ins)
 
 
-# -- strips: rows of colours over layers ----------------------------------------------------------------------
+# -- strips: rows of colours over layers
+# ----------------------------------------------------------------------
 
 
 def _adapters_picture(
@@ -243,7 +249,8 @@ def _pulls_picture(ins: Inspection) -> Picture:
     return _strips_picture("pulls", "Who fights where", caption, strips, ins.kinds, ins.layers)
 
 
-# -- matrices and lines ---------------------------------------------------------------------------------------
+# -- matrices and lines
+# ---------------------------------------------------------------------------------------
 
 
 def _pairs_picture(ins: Inspection) -> Picture:
@@ -290,8 +297,8 @@ def _pairs_picture(ins: Inspection) -> Picture:
     return Picture(
         "pairs",
         "Pair by pair",
-        "Cosines of the whole updates; means over shared modules of the share of opposite signs and of the squared "
-        "cosines of principal angles. The numbers are in the table below.",
+        "Cosines of the whole updates; means over shared modules of the share of opposite signs and of the "
+        "squared cosines of principal angles. The numbers are in the table below.",
         alt + ".",
         draw,
     )
@@ -310,7 +317,8 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
     )
     yield Picture(
         *("objectives", "TSPA's objectives"),
-        "What is left of each stage's objective, layer by layer; the mean, where it has several weights in a layer.",
+        "What is left of each stage's objective, layer by layer; the mean, where it has several weights in "
+        "a layer.",
         f"Objective after the stage as a share of that before, over layers. {alt}",
         partial(_draw_objectives, names=[stage.name for stage in stages], shares=shares, layers=ins.layers),
     )
@@ -320,8 +328,8 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
     ]
     yield _strips_picture(
         *("angles", "Rotation angles"),
-        "How far each adapter is turned: the angle whose cosine is the mean cosine of its rotation. 0: not at all, 90: "
-        "on average perpendicular. Turns belong to the factors as they are stored.",
+        "How far each adapter is turned: the angle whose cosine is the mean cosine of its rotation. 0: not "
+        "at all, 90: on average perpendicular. Turns belong to the factors as they are stored.",
         *(angles, ins.names, ins.layers),
     )
     scales = [
@@ -330,7 +338,10 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
         if (stage.scales.nan_to_num(1) != 1).any()
     ]
     if scales:
-        caption = "Of the factors of each adapter, s on one side and 1/s on the other. Stages without them leave s at 1."
+        caption = (
+            "Of the factors of each adapter, s on one side and 1/s on the other. "
+            "Stages without them leave s at 1."
+        )
         yield _strips_picture("scales", "Scales", caption, scales, ins.names, ins.layers)
 
 

@@ -24,8 +24,8 @@ from mergekit_tspa.base.files import read_json
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.merging.finish import MergedUpdate, finish
 from mergekit_tspa.merging.bases import warn_of_different_bases, warn_of_other_bases
+from mergekit_tspa.merging.finish import MergedUpdate, finish
 from mergekit_tspa.merging.merge import log_merge, merge_plan
 from mergekit_tspa.merging.outputs import TensorPlan, Wanted
 from mergekit_tspa.merging.plan import MergePlan, plan_merge
@@ -63,13 +63,15 @@ class MergedAdapters(dict[str, MergedUpdate]):
 
         Args:
             path: a directory, which is made if it is not there.  An adapter that is there is replaced.
-            base: what the adapter names as its base model; by default the base of the merge, if it was given by its
-                path, else the one that all merged adapters name.
-            dtype: of the factors; by default the widest of the adapters' own, float32 if full models are among them.
+            base: what the adapter names as its base model; by default the base of the merge, if it was given
+                by its path, else the one that all merged adapters name.
+            dtype: of the factors; by default the widest of the adapters' own, float32 if full models are
+                among them.
 
         Raises:
-            InputError: something in the merge is no low-rank update (DoRA magnitudes, tensors trained directly, fused
-                experts, convolutions, dense updates without `rank`), no base is known, or nothing can be written there.
+            InputError: something in the merge is no low-rank update (DoRA magnitudes, tensors trained
+                directly, fused experts, convolutions, dense updates without `rank`), no base is known, or
+                nothing can be written there.
         """
         directory = Path(path)
         if self.plan is None:
@@ -142,21 +144,22 @@ def merge_adapters(
         method: a name of `mergekit_tspa.METHODS`.
         adapters: each a PEFT directory, a hub repository, a mapping `module name -> (B, A)` with the LoRA
             scale folded in, or the directory of a full model of the base's architecture.
-        weights: one number per adapter, 1 by default, also as scalars of numpy or torch; an adapter of weight 0 takes no part.
+        weights: one number per adapter, 1 by default, also as scalars of numpy or torch; an adapter of weight
+            0 takes no part.
         base: the base model, a checkpoint directory or a mapping of tensors.  Needed by methods that look at
-            attention products, by PiSSA and OLoRA adapters, and by full models; for others it only checks names and
-            shapes.
+            attention products, by PiSSA and OLoRA adapters, and by full models; for others it only checks
+            names and shapes.
         geometry: head counts, when `base` is a mapping; a directory has them in its configuration.
         device: where the method computes; the CPU by default.
-        progress: called with the name of a stage, the fraction of it that is done, and the fraction of the objective at
-            its start that is left, None where there is none.
+        progress: called with the name of a stage, the fraction of it that is done, and the fraction of the
+            objective at its start that is left, None where there is none.
         **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`), `extract_rank` and
             `extract_energy` for all full models.
 
     Returns:
         The update of every module that at least one adapter touches, in float32, by the module's name in the
-        base (in the adapter, without one); `name[3]` is expert 3 of a fused tensor.  `LowRank` and `Dense` updates
-        are there as such (`.dense()`); what DoRA and directly trained tensors do depends on the base
+        base (in the adapter, without one); `name[3]` is expert 3 of a fused tensor.  `LowRank` and `Dense`
+        updates are there as such (`.dense()`); what DoRA and directly trained tensors do depends on the base
         (`.apply_to(W)`).
 
     Raises:
@@ -217,8 +220,8 @@ def _checked(adapters: Sequence[AdapterLike]) -> list[AdapterLike]:
     for i, adapter in enumerate(adapters):
         if not isinstance(adapter, str | os.PathLike | Mapping):
             raise InputError(
-                f"adapter {i} is {reprlib.repr(adapter)}: give a directory, a repository of the hub, or a mapping "
-                "{module: (B, A)}"
+                f"adapter {i} is {reprlib.repr(adapter)}: give a directory, a repository of the hub, or a "
+                "mapping {module: (B, A)}"
             )
     return adapters
 

@@ -10,7 +10,9 @@ LOG = logging.getLogger(__name__)
 
 
 def other_base(adapter: Adapter, base: str | None) -> str | None:
-    """A sentence on an adapter that names another base; None where the last parts of the names are the same."""
+    """A sentence on an adapter that names another base; None where the last parts of the names are the
+    same.
+    """
     if not adapter.base or not base or _last(adapter.base) == _last(base):
         return None
     return f"{adapter.name}: it says that it was trained on {adapter.base}, and the merge is on {base}"
@@ -24,7 +26,9 @@ def warn_of_other_bases(adapters: Iterable[Adapter], base: str | None) -> None:
 
 
 def warn_of_different_bases(adapters: Iterable[Adapter]) -> None:
-    """Where no base is given: say so once of each adapter that names another base than the first that names one."""
+    """Where no base is given: say so once of each adapter that names another base than the first that names
+    one.
+    """
     first: Adapter | None = None
     for adapter in adapters:
         if first is None:

@@ -1,4 +1,6 @@
-"""From merged updates to tensors: DoRA's magnitudes and directly trained tensors join, and the base is rounded once."""
+"""From merged updates to tensors: DoRA's magnitudes and directly trained tensors join, and the base is
+rounded once.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
@@ -20,9 +22,9 @@ class Dora(NamedTuple):
 
         V = W + dW,    m = m_0 + sum_t a_t (m_t - m_0) / max(1, sum_t |a_t|),    W' = diag(m / ||V||) V
 
-    with norms of rows (of columns, where the base stores the transpose) and `m_0 = ||W||`.  For one DoRA adapter
-    of weight 1 this is its own merge (Liu et al., DoRA, 2024, arXiv 2402.09353).  Several of weight 1 are averaged,
-    as a sum of their magnitudes' changes could pass 0 and turn rows around.
+    with norms of rows (of columns, where the base stores the transpose) and `m_0 = ||W||`.  For one DoRA
+    adapter of weight 1 this is its own merge (Liu et al., DoRA, 2024, arXiv 2402.09353).  Several of weight 1
+    are averaged, as a sum of their magnitudes' changes could pass 0 and turn rows around.
     """
 
     update: LowRank | Dense
@@ -54,9 +56,9 @@ class Dora(NamedTuple):
 def mean_change(W: Tensor, changes: Sequence[Change], weights: Sequence[float]) -> Tensor:
     """`sum_t a_t delta_t / sum_t |a_t|` over the adapters that trained the tensor itself, in float32.
 
-    No method looks at such tensors (biases, norms, heads, embeddings, token rows), and there is no update whose
-    size a weight could set, so all of them merge as this mean.  Of trained tokens, a row's mean is over the adapters
-    that have this row.  Adapters that leave the tensor unchanged are excluded from its mean.
+    No method looks at such tensors (biases, norms, heads, embeddings, token rows), and there is no update
+    whose size a weight could set, so all of them merge as this mean.  Of trained tokens, a row's mean is over
+    the adapters that have this row.  Adapters that leave the tensor unchanged are excluded from its mean.
 
     Args:
         W: the base's tensor.

@@ -108,7 +108,9 @@ def survey_plan(plan: MergePlan, device: Device = None) -> Survey | None:
 def record_tensor(
     method: Method, plan: TensorPlan, survey: Survey | None = None, device: Device = None
 ) -> Mapping[str, Tensor]:
-    """What a method keeps of a tensor beside the model, and as `tasks` whose it is; nothing if all updates are zero."""
+    """What a method keeps of a tensor beside the model, and as `tasks` whose it is; nothing if all updates
+    are zero.
+    """
     w = load_tensor(method, plan, device)._replace(survey=survey)
     if not w.factors or method.record is None:
         return {}

@@ -60,7 +60,9 @@ class OutputTensor(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """What a recipe or a call asks for one tensor of the output, or one expert in it; weights may still be 0."""
+    """What a recipe or a call asks for one tensor of the output, or one expert in it; weights may still be
+    0.
+    """
 
     output: str
     base: str

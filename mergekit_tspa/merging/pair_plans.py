@@ -1,6 +1,7 @@
 """Which tensors form an attention product, and the Grams of their base tensors.
 
-Planning needs names and configuration only.  Base tensors are read once, one at a time, and only their Grams are kept.
+Planning needs names and configuration only.  Base tensors are read once, one at a time, and only their Grams
+are kept.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +32,9 @@ def plan_pairs(
 ) -> Iterator[PairPlan]:
     """The pairs that the planned weights belong to, of the blocks whose `attention_steps` are not 0.
 
-    `shapes` names all tensors of the model, with their shapes as far as they are known.  Parameters and adapter
-    weights of a pair are those of its query or value weight when an adapter touches it, else of the other one.
+    `shapes` names all tensors of the model, with their shapes as far as they are known.  Parameters and
+    adapter weights of a pair are those of its query or value weight when an adapter touches it, else of the
+    other one.
 
     Raises:
         InputError: an adapted attention weight whose layout is not known, or head counts that do not fit.
@@ -49,8 +51,8 @@ def plan_pairs(
         geometry = geometry_of(block)
         if geometry.n_heads % geometry.n_kv_heads:
             raise InputError(
-                f"{block}: {geometry.n_heads} attention heads are no multiple of {geometry.n_kv_heads} kv heads; "
-                "correct the base's configuration"
+                f"{block}: {geometry.n_heads} attention heads are no multiple of {geometry.n_kv_heads} kv "
+                "heads; correct the base's configuration"
             )
         if "qkv" in roles:
             if geometry.fused is None:
@@ -118,8 +120,8 @@ def _check_width(role: str, weight: str, shape: tuple[int, ...] | None, g: Atten
 
 def _unknown(tensor: str) -> str:
     return (
-        f"{tensor}: its attention layout is not known, so attention alignment cannot be done (known: {KNOWN_LAYOUTS}); "
-        "set attention_steps: 0 for such weights, or altogether, to go without it"
+        f"{tensor}: its attention layout is not known, so attention alignment cannot be done (known: "
+        f"{KNOWN_LAYOUTS}); set attention_steps: 0 for such weights, or altogether, to go without it"
     )
 
 
@@ -153,7 +155,9 @@ def _part(geometry: AttentionGeometry, role: str, W: Tensor) -> Tensor:
 
 
 def _stacked(pair: PairPlan, side: PairSide, W: Tensor | None, device) -> tuple[Tensor, Tensor]:
-    """All weighted adapters' factors of one side, B (n, d_out, r) and A (n, r, d_in), zero where there is none."""
+    """All weighted adapters' factors of one side, B (n, d_out, r) and A (n, r, d_in), zero where there is
+    none.
+    """
     g = pair.geometry
     loaded = [
         oriented(g, adapter.factors(module, device=device).scaled(1.0 if pair.literal else weight))

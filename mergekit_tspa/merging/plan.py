@@ -1,8 +1,8 @@
 """A merge as a value: which tensors, whose factors, which weights, which attention pairs.
 
-A `MergePlan` is made once, from a recipe or from a call in Python, before a factor is loaded.  What is done with it
-are functions: `merging.merge` loads, surveys and merges, `merging.finish` applies the updates to the base's tensors,
-`merging.servable` says what of it can be an adapter.
+A `MergePlan` is made once, from a recipe or from a call in Python, before a factor is loaded.  What is done
+with it are functions: `merging.merge` loads, surveys and merges, `merging.finish` applies the updates to the
+base's tensors, `merging.servable` says what of it can be an adapter.
 """
 
 import logging
@@ -146,8 +146,9 @@ def plan_merge(
         geometry_of: head counts of an attention block, for such methods
 
     Raises:
-        InputError: a weight out of the method's range, updates of different shapes, a rank that nothing carries,
-            parameters that contradict each other, an attention layout that is not known, no base where one is needed.
+        InputError: a weight out of the method's range, updates of different shapes, a rank that nothing
+            carries, parameters that contradict each other, an attention layout that is not known, no base
+            where one is needed.
     """
     parts: dict[str, list[Part]] = {name: [] for name in bases}
     unweighted = []
@@ -198,7 +199,8 @@ def _check(plan: MergePlan) -> None:
 
     Raises:
         InputError: a `rank` that no tensor's merged update carries (those that carry less stay as they are),
-            unequal ranks where the method needs equal ones, statistics over the model with parameters that vary.
+            unequal ranks where the method needs equal ones, statistics over the model with parameters that
+            vary.
     """
     method, tensors = plan.method, plan.tensors
     method.check([tensor.planned for tensor in tensors])
@@ -206,8 +208,8 @@ def _check(plan: MergePlan) -> None:
     for tensor in tensors:
         if method.equal_ranks and len(set(tensor.ranks)) > 1:
             raise InputError(
-                f"{tensor.name}: {method.name} needs adapters of equal rank, and these have {tensor.ranks}; use a "
-                "method without that need (mergekit-tspa methods)"
+                f"{tensor.name}: {method.name} needs adapters of equal rank, and these have {tensor.ranks}; "
+                "use a method without that need (mergekit-tspa methods)"
             )
         carried = max(carried, method.carried(tensor.planned))
     asked = [tensor.parameters.rank for tensor in tensors if tensor.parameters.rank is not None]
@@ -219,8 +221,8 @@ def _check(plan: MergePlan) -> None:
         )
     if method.elects and (mixed := next((t for t in tensors if min(t.weights) < 0 < max(t.weights)), None)):
         LOG.warning(
-            "%s: weights of both signs (%s: %s): an adapter of negative weight votes, and counts, with the opposite "
-            "of its update",
+            "%s: weights of both signs (%s: %s): an adapter of negative weight votes, and counts, with the "
+            "opposite of its update",
             method.name,
             mixed.name,
             ", ".join(f"{weight:g}" for weight in mixed.weights),

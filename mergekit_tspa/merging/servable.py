@@ -1,4 +1,6 @@
-"""What of a merge can be one LoRA adapter, why the rest cannot, and how much an adapter without the rest loses."""
+"""What of a merge can be one LoRA adapter, why the rest cannot, and how much an adapter without the rest
+loses.
+"""
 
 import logging
 import re
@@ -42,7 +44,8 @@ def adapter_tensors(
     Args:
         base: the base model, if it is known
         leaves_out: which of `LEFT_OUT` the adapter need not hold
-        whole: whether the plan lays out the whole model, as that of a recipe does, or names only what it changes
+        whole: whether the plan lays out the whole model, as that of a recipe does, or names only what it
+            changes
 
     Raises:
         InputError: something in the merge is no low-rank update of a base tensor.
@@ -75,7 +78,8 @@ def adapter_tensors(
 
 
 def log_left_out(left_out: Iterable[LeftOut], plan: MergePlan, merged: Mapping[str, LowRank]) -> None:
-    """One line on what an adapter leaves out, and its share `sum ||dW - B A||^2 / sum ||dW||^2` of the change.
+    """One line on what an adapter leaves out, and its share `sum ||dW - B A||^2 / sum ||dW||^2` of the
+    change.
 
     Args:
         merged: the low-rank updates `B A` that are in the adapter, by tensor
@@ -102,7 +106,9 @@ def log_left_out(left_out: Iterable[LeftOut], plan: MergePlan, merged: Mapping[s
 
 
 def module_name(plan: TensorPlan) -> str:
-    """The module as PEFT finds it in the whole model: as adapters name it, or with what some of them leave out."""
+    """The module as PEFT finds it in the whole model: as adapters name it, or with what some of them leave
+    out.
+    """
     name = max((module for _, module in plan.sources), key=len)
     whole = plan.name.removesuffix(".weight")
     return whole if whole.endswith(f".{name}") else name
@@ -171,12 +177,13 @@ def _obstacle(plan: MergePlan, output: OutputTensor, leaves_out: Set[str]) -> st
             what = (
                 "an adapter is a DoRA, whose magnitudes are not low-rank"
                 if kind == MAGNITUDES
-                else "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own weights)"
+                else "an adapter trained it directly (modules_to_save, biases, tokens, or a full model's own "
+                "weights)"
             )
             return f"{what} (adapter_leaves_out: {kind} would leave that out)"
     if plan.method.result.dense and part.plan.parameters.rank is None:
         return (
-            f"{plan.method.name} gives a dense update; set `rank`, or take the method in another space (core_, knots_, "
-            "ctm_)"
+            f"{plan.method.name} gives a dense update; set `rank`, or take the method in another space "
+            "(core_, knots_, ctm_)"
         )
     return None

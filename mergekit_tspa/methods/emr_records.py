@@ -47,7 +47,9 @@ def task_update(kept: Mapping[str, Tensor], task: int) -> LowRank | Dense:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Eight entries a byte, the first in the lowest bit; rows are padded.  # (..., q) -> (..., ceil(q / 8))"""
+    """Eight entries a byte, the first in the lowest bit; rows are padded.  # (..., q) -> (..., ceil(q /
+    8))
+    """
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
     return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(-1, dtype=torch.uint8)
 

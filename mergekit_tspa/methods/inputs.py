@@ -33,7 +33,9 @@ def silent(stage: str, done: float, left: float | None = None) -> None:
 
 
 class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
-    """Parameters that every method has; a method's own are fields of its subclass, in the order of the paper."""
+    """Parameters that every method has; a method's own are fields of its subclass, in the order of the
+    paper.
+    """
 
     lambda_: float = Field(
         1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update"
@@ -73,7 +75,9 @@ class OneByOneParameters(Parameters):
 
 
 class TensorInputs(NamedTuple):
-    """Everything a method may know about one tensor: the factors of the adapters that touch it, in recipe order."""
+    """Everything a method may know about one tensor: the factors of the adapters that touch it, in recipe
+    order.
+    """
 
     name: str
     factors: Sequence[LoraFactors]
@@ -83,7 +87,9 @@ class TensorInputs(NamedTuple):
     survey: Survey | None = None  # statistics over the whole model, where they are wanted
 
     def generator(self, seed: int, *names: str) -> torch.Generator:
-        """A source of randomness that depends on the seed and on names only, not on the order of execution."""
+        """A source of randomness that depends on the seed and on names only, not on the order of
+        execution.
+        """
         return torch.Generator(self.factors[0].B.device).manual_seed(seed_of(str(seed), self.name, *names))
 
 

@@ -1,4 +1,6 @@
-"""LoRA-LEGO (arXiv 2409.16167): the rank-one units of all adapters are clustered, a merged unit per cluster."""
+"""LoRA-LEGO (arXiv 2409.16167): the rank-one units of all adapters are clustered, a merged unit per
+cluster.
+"""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -35,11 +37,14 @@ def lora_lego(
     gauge: Literal["balanced", "raw"] = "balanced",
     generator: torch.Generator,
 ) -> LoraFactors:
-    """A unit per cluster, `mean(u) * mean ||u||_inf / ||mean(u)||_inf` over its units `u = [A_t[i,:], B_t[:,i]]`.
+    """A unit per cluster, `mean(u) * mean ||u||_inf / ||mean(u)||_inf` over its units `u = [A_t[i,:],
+    B_t[:,i]]`.
 
-    The whole is scaled by `sqrt(r / K)`.  Clusters are those of k-means on units with both halves normalised.  Follows
-    the re-implementation wooseong97/TARA-Merge, as the authors published no code, but for `balanced` units, which do
-    not depend on how an update is split between its factors, and for the order of the adapters, that of their norms.
+    The whole is scaled by `sqrt(r / K)`.  Clusters are those of k-means on units with both halves normalised.
+     Follows the re-implementation wooseong97/TARA-Merge, as the authors published no code, but for `balanced`
+     units, which do
+    not depend on how an update is split between its factors, and for the order of the adapters, that of their
+    norms.
     """
     adapters = sorted((factors[t].scaled(weights[t]) for t in nonzero(factors)), key=LoraFactors.norm)
     if gauge == "balanced":
@@ -62,9 +67,11 @@ def lora_lego(
 
 
 def k_means(X: Tensor, start: Tensor, steps: int = 10) -> Tensor:
-    """Lloyd's labels (R,) of the rows of X (R, d), from the rows `start` (K,); an empty cluster keeps its centre.
+    """Lloyd's labels (R,) of the rows of X (R, d), from the rows `start` (K,); an empty cluster keeps its
+    centre.
 
-    Orthogonal units of one adapter are equally far from each other: ties go to the first cluster, not to rounding.
+    Orthogonal units of one adapter are equally far from each other: ties go to the first cluster, not to
+    rounding.
     """
     centres = X[start]
     for _ in range(steps):
@@ -77,7 +84,9 @@ def k_means(X: Tensor, start: Tensor, steps: int = 10) -> Tensor:
 
 
 def _balanced(f: LoraFactors) -> LoraFactors:
-    """Singular triplets above rounding, of the sign that makes the largest entry of each row of `V^T` positive."""
+    """Singular triplets above rounding, of the sign that makes the largest entry of each row of `V^T`
+    positive.
+    """
     U, S, Vh = LowRank(*f).svd()
     k = int((S >= 1e-12 * S[0]).sum())
     sign = Vh[:k].gather(1, Vh[:k].abs().argmax(1, keepdim=True)).sign()  # (k, 1)
@@ -90,8 +99,8 @@ def _check_clusters(plans: Sequence[Planned]) -> None:
     units = max((sum(plan.ranks) for plan in asked), default=0)
     if asked and min(plan.parameters.clusters for plan in asked) > units:
         raise InputError(
-            f"clusters {asked[0].parameters.clusters}: the adapters have {units} rank-one units for a weight at most "
-            f"({asked[0].name}); ask for no more, or leave it out"
+            f"clusters {asked[0].parameters.clusters}: the adapters have {units} rank-one units for a "
+            f"weight at most ({asked[0].name}); ask for no more, or leave it out"
         )
 
 

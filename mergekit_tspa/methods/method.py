@@ -28,7 +28,9 @@ class ResultRank:
 
 
 def _asked_or_largest(ranks: Sequence[int], parameters: Parameters) -> int:
-    """A method with this rank takes `rank` as the size of its subspaces; any of up to the summed ranks is possible."""
+    """A method with this rank takes `rank` as the size of its subspaces; any of up to the summed ranks is
+    possible.
+    """
     return max(ranks) if parameters.rank is None else sum(ranks)
 
 
@@ -142,7 +144,9 @@ def prepared(w: TensorInputs) -> TensorInputs:
 
 
 def one_by_one(rule: Callable[[TensorInputs], LoraFactors | Dense]) -> MergeFunction:
-    """`Method.merge` of a closed formula that looks at one tensor at a time, with `OneByOneParameters` or without."""
+    """`Method.merge` of a closed formula that looks at one tensor at a time, with `OneByOneParameters` or
+    without.
+    """
 
     def merge_one(w: TensorInputs) -> LowRank | Dense:
         p = w.parameters

@@ -11,8 +11,9 @@ def pico(factors: Sequence[LoraFactors]) -> list[LoraFactors]:
     """`B_t <- B_t + U diag(al - 1) U^T B_t`, with `[B_1 | .. | B_n] = U S V^T`, `c_j = S_j^2 / sum S^2` and
     `al_j = 1 / (1 + (n - 1) c_j)`.
 
-    Merge the result by any rule, then bring it back to scale with `at_mean_norm`.  It depends on how each update is
-    split between its factors; the paper puts the LoRA scale into `B`, here its square root is there.
+    Merge the result by any rule, then bring it back to scale with `at_mean_norm`.  It depends on how each
+    update is split between its factors; the paper puts the LoRA scale into `B`, here its square root is
+    there.
     """
     live = [factors[t].B.double() for t in nonzero(factors)]
     U, S, _ = torch.linalg.svd(torch.cat(live, dim=1), full_matrices=False)  # (d_out, q), (q,)

@@ -1,4 +1,5 @@
-"""RobustMerge (arXiv 2502.17159): factors lose their small entries, rank directions are weighed by what they lost.
+"""RobustMerge (arXiv 2502.17159): factors lose their small entries, rank directions are weighed by what they
+lost.
 
 The paper and its code (AuroraZengfh/RobustMerge) differ in more than details; here are both.
 """
@@ -41,8 +42,9 @@ def robustmerge(
 ) -> LoraFactors:
     """`sum_t a_t Bh_t diag(s_t / sum_u s_u) Ah_t`, of rank `sum_t r_t` (Eq. 3-4).
 
-    Hats mark pruned factors and `s_t[i] = ||A_t[i]||_1 / ||Ah_t[i]||_1` is what row i lost.  Rows that lost everything,
-    adapters without an update and, for unequal ranks, rows that are not there have no share in the sum over adapters.
+    Hats mark pruned factors and `s_t[i] = ||A_t[i]||_1 / ||Ah_t[i]||_1` is what row i lost.  Rows that lost
+    everything, adapters without an update and, for unequal ranks, rows that are not there have no share in
+    the sum over adapters.
     """
     B, A, s = zip(*_prune(factors, weights, density))
     total = pad_sequence(s).sum(1)  # (largest rank,)

@@ -19,11 +19,13 @@ class RotationParameters(OneByOneParameters):
 
 
 def rotation(factors: Sequence[LoraFactors], weights: Sequence[float], *, scale: bool = False) -> LoraFactors:
-    """`factor_linear` of `(B_t R_t, R_t^T A_t)`, with the R_t that brings `[B_t; A_t^T]` nearest to `[B_0; A_0^T]`.
+    """`factor_linear` of `(B_t R_t, R_t^T A_t)`, with the R_t that brings `[B_t; A_t^T]` nearest to `[B_0;
+    A_0^T]`.
 
-    The anchor 0 is the adapter whose update is nearest to the mean update.  Zhang et al. match the attention heads of
-    whole models in this way.  This is their matching applied to the rotation symmetry of LoRA factors: an adapter's
-    heads cannot be turned against a base that stays as it is, but `B_t A_t` does not change with R_t.  Only the cross
+    The anchor 0 is the adapter whose update is nearest to the mean update.  Zhang et al. match the attention
+    heads of whole models in this way.  This is their matching applied to the rotation symmetry of LoRA
+    factors: an adapter's heads cannot be turned against a base that stays as it is, but `B_t A_t` does not
+        change with R_t.  Only the cross
     terms of the summed factors do.
     """
     live = nonzero(factors)

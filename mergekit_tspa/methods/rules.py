@@ -10,10 +10,10 @@ from mergekit_tspa.rules.breadcrumbs import breadcrumbs, magnitude_range
 from mergekit_tspa.rules.dare import dare_linear, dare_ties
 from mergekit_tspa.rules.della import della
 from mergekit_tspa.rules.emr import emr, task_scales
-from mergekit_tspa.rules.rule_kinds import Entrywise, Linear, Spectral
 from mergekit_tspa.rules.linear import mean, shares, task_arithmetic, unchanged
 from mergekit_tspa.rules.pcb import pcb, pcb_bounds
 from mergekit_tspa.rules.prune import magnitude_prune, trim_thresholds
+from mergekit_tspa.rules.rule_kinds import Entrywise, Linear, Spectral
 from mergekit_tspa.rules.spectral import cart, iso, tsv
 from mergekit_tspa.rules.ties import ties, ties_statistics
 

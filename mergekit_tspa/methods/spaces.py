@@ -21,8 +21,10 @@ from mergekit_tspa.updates import LoraFactors
 class CoreParameters(Parameters):
     balance: bool = Field(
         False,
-        description="write every adapter with the singular factors of its update first, so that rules on entries "
-        "do not depend on the factors it came in",
+        description=(
+            "write every adapter with the singular factors of its update first, so that rules on entries "
+            "do not depend on the factors it came in"
+        ),
     )
 
 

@@ -10,11 +10,11 @@ ROUNDING = 1e-6  # of float32 factors; an adapter's smaller response to a direct
 
 
 def svc(update: LowRank | Dense, factors: Sequence[LoraFactors], floor: float = 1.0) -> LowRank | Dense:
-    """`S_j <- S_j / mean_t max(s_jt, floor)` for the merged `D = U S V^T`, with the share of each weighted adapter
-    `s_jt = <u_j^T D, u_j^T D_t> / ||u_j^T D_t||^2`.
+    """`S_j <- S_j / mean_t max(s_jt, floor)` for the merged `D = U S V^T`, with the share of each weighted
+    adapter `s_jt = <u_j^T D, u_j^T D_t> / ||u_j^T D_t||^2`.
 
-    `floor` is the share of a direction that only one adapter has: 1 if the rule is a sum.  Then orthogonal adapters
-    stay as they are, and the sum of n equal adapters becomes one of them.
+    `floor` is the share of a direction that only one adapter has: 1 if the rule is a sum.  Then orthogonal
+    adapters stay as they are, and the sum of n equal adapters becomes one of them.
     """
     U, S, Vh = update.svd()  # (d_out, k), (k,), (k, d_in)
     shares = []

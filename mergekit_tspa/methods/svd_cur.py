@@ -1,7 +1,8 @@
 """SVD + CUR: what adapters share in singular directions, what each has alone in a few rows and columns.
 
-After Lu et al., On the Representation Geometry of LoRA Model Merging (Findings of ACL 2026).  Reconstructed from the
-abstract, which says that the two decompositions are combined but not how; no parity with the paper is claimed.
+After Lu et al., On the Representation Geometry of LoRA Model Merging (Findings of ACL 2026).  Reconstructed
+from the abstract, which says that the two decompositions are combined but not how; no parity with the paper
+is claimed.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ def svd_cur(
     combine: Combine = "residual",
     shared: Shared = "mean",
 ) -> LoraFactors:
-    """`rule(a_t S_t) + gamma sum_t a_t CUR(D_t - S_t)`, of rank `k + n c` at most, where the rule is the mean or sum.
+    """`rule(a_t S_t) + gamma sum_t a_t CUR(D_t - S_t)`, of rank `k + n c` at most, where the rule is the mean
+    or sum.
 
     `S_t = L L^T D_t N N^T` with the k leading left singular vectors L of `[D_1 | .. | D_n]` and N of
     `[D_1^T | .. | D_n^T]`; CUR keeps c rows and c columns.  The other way to combine them is
@@ -69,7 +71,8 @@ def svd_cur(
 
 
 def cur(C: Tensor, Q_B: Tensor, Q_A: Tensor, c: int, select: Select, size: Tensor) -> Tensor:
-    """The core of `E[:,J] X E[I,:]`, `X = E[:,J]^+ E E[I,:]^+`, for c rows I and c columns J of `E = Q_B C Q_A^T`.
+    """The core of `E[:,J] X E[I,:]`, `X = E[:,J]^+ E E[I,:]^+`, for c rows I and c columns J of `E = Q_B C
+    Q_A^T`.
 
     No more of them than the rank of E, for which rounding errors of a matrix of norm `size` do not count.
     """
@@ -82,10 +85,11 @@ def cur(C: Tensor, Q_B: Tensor, Q_A: Tensor, c: int, select: Select, size: Tenso
 
 
 def choose(U: Tensor, S: Tensor, c: int, select: Select) -> list[int]:
-    """c rows of `U diag(S)`: by their norms, by those of the first c singular vectors alone (leverage), or by DEIM.
+    """c rows of `U diag(S)`: by their norms, by those of the first c singular vectors alone (leverage), or by
+    DEIM.
 
-    DEIM takes for each vector the row where the rows chosen before interpolate it worst (Sorensen and Embree, 2016);
-    these are the pivots of an LU decomposition.
+    DEIM takes for each vector the row where the rows chosen before interpolate it worst (Sorensen and Embree,
+    2016); these are the pivots of an LU decomposition.
     """
     if select == "norm":
         return (U * S).norm(dim=1).topk(c).indices.tolist()
@@ -98,7 +102,9 @@ def choose(U: Tensor, S: Tensor, c: int, select: Select) -> list[int]:
 
 
 def _check_size(plans: Sequence[Planned]) -> None:
-    """Refuse more directions, rows or columns than any tensor has; smaller ones among them take what they have."""
+    """Refuse more directions, rows or columns than any tensor has; smaller ones among them take what they
+    have.
+    """
     for name, what in (("k", "shared singular directions"), ("c", "rows and columns")):
         asked = [plan for plan in plans if getattr(plan.parameters, name) is not None]
         if not asked:
@@ -120,7 +126,9 @@ K_AND_ROWS = ResultRank("k + n c", lambda ranks, p: sum(ranks), exact=False)
 svd_cur_method = Method(
     name="svd_cur",
     title="SVD + CUR",
-    summary="shared singular directions, a few rows and columns of each adapter; reconstructed from the abstract",
+    summary=(
+        "shared singular directions, a few rows and columns of each adapter; reconstructed from the abstract"
+    ),
     paper="after Lu et al., Findings of ACL 2026",
     url="https://aclanthology.org/2026.findings-acl.261/",
     result=K_AND_ROWS,

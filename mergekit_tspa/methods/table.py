@@ -25,13 +25,19 @@ class Section(NamedTuple):
 
 
 _NOTE = (
-    "`weight` is linear where a single adapter of weight 2 brings twice what it brings at weight 1. In a mean only the "
-    "ratios of the weights matter. `factor_` methods multiply `B` and `A` each by the root of the weight. Beside the updates, in every "
-    "method: the magnitudes of DoRA are averaged, with `a_t / max(1, sum |a_t|)`, and so are tensors that adapters "
+    "`weight` is linear where a single adapter of weight 2 brings twice what it brings at weight 1. In a "
+    "mean only the "
+    "ratios of the weights matter. `factor_` methods multiply `B` and `A` each by the root of the weight. "
+    "Beside the updates, in every "
+    "method: the magnitudes of DoRA are averaged, with `a_t / max(1, sum |a_t|)`, and so are tensors that "
+    "adapters "
     "trained directly, with `a_t / sum |a_t|`, where the weight of a single adapter is without effect.\n\n"
-    "The split: an adapter with `B G` and `G^-1 A` makes the same update as one with `B` and `A`, and so does one that "
-    "holds more of its scale in `B`. Methods that depend on it merge the two to different results. Of the rules in a "
-    "space those on entries can, all but sums (`_task_arithmetic`, `_mean`) and spectral rules (`_tsv`, `_iso`, `_cart`)."
+    "The split: an adapter with `B G` and `G^-1 A` makes the same update as one with `B` and `A`, and so "
+    "does one that "
+    "holds more of its scale in `B`. Methods that depend on it merge the two to different results. Of the "
+    "rules in a "
+    "space those on entries can, all but sums (`_task_arithmetic`, `_mean`) and spectral rules (`_tsv`, "
+    "`_iso`, `_cart`)."
 )
 
 

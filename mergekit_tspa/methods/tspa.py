@@ -28,7 +28,10 @@ _RATE = {"gt": 0, "le": 1, "allow_inf_nan": False}
 class SolverParameters(Parameters):
     coefficients: Literal["linear", "paper"] = Field(
         "linear",
-        description="`weight` is a multiple of an adapter's update; or, as printed in the paper, of each of its factors",
+        description=(
+            "`weight` is a multiple of an adapter's update; or, as printed in the paper, of each of its "
+            "factors"
+        ),
     )
     seed: int = Field(
         42, ge=0, lt=2**63, description="seed of the small random start that identical adapters need"
@@ -65,7 +68,8 @@ class AttentionParameters(PairParameters):
 
 
 class TspaParameters(AttentionParameters, LoraParameters):
-    # Eq. 9 can be read either way; comparing with the original adapters gave lower losses on all adapter sets tried.
+    # Eq. 9 can be read either way; comparing with the original adapters gave lower losses on all adapter sets
+    # tried.
     lora_target: Literal["aligned", "original"] = Field(
         "original", description="what stage 2 compares with: the adapters as they came, or after stage 1"
     )
@@ -85,8 +89,8 @@ def sum_aligned(
 def weighted(inputs: Sequence[TensorInputs]) -> list[TensorInputs]:
     """Updates times their weights, which are 1 from here on: each factor carries the square root.
 
-    So an adapter of weight w alone comes back as w times itself, and every target is one of weighted updates.  As the
-    paper prints it (`coefficients: paper`) each factor carries the whole weight and the targets none.
+    So an adapter of weight w alone comes back as w times itself, and every target is one of weighted updates.
+     As the paper prints it (`coefficients: paper`) each factor carries the whole weight and the targets none.
     """
     return [
         w

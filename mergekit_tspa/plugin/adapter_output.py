@@ -6,18 +6,6 @@ from pathlib import Path
 import torch
 from pydantic import ConfigDict
 
-from mergekit_tspa.plugin.compat import (
-    Executor,
-    LoaderCache,
-    MergeConfiguration,
-    MergeOptions,
-    MergePlanner,
-    MultiGPUExecutor,
-    Task,
-    dtype_from_name,
-    get_architecture_info,
-    plan,
-)
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
@@ -31,8 +19,20 @@ from mergekit_tspa.merging.servable import (
     task_type_of,
 )
 from mergekit_tspa.plugin.card import adapter_card
+from mergekit_tspa.plugin.compat import (
+    Executor,
+    LoaderCache,
+    MergeConfiguration,
+    MergeOptions,
+    MergePlanner,
+    MultiGPUExecutor,
+    Task,
+    dtype_from_name,
+    get_architecture_info,
+    plan,
+)
 from mergekit_tspa.plugin.output import refuse_inputs
-from mergekit_tspa.plugin.planning import merge_of, MergeTasks, PlannedRecipe, log_task
+from mergekit_tspa.plugin.planning import MergeTasks, PlannedRecipe, log_task, merge_of
 from mergekit_tspa.plugin.recipe import leaves_out, span
 from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields
 from mergekit_tspa.updates import LowRank
@@ -76,7 +76,9 @@ class SaveAdapter(Task[None], frozen=True):
 
 
 def make_planner(config: MergeConfiguration, options: MergeOptions) -> MergePlanner:
-    """As `run_merge` makes it, but for the layers that slices add to or take from the output's configuration."""
+    """As `run_merge` makes it, but for the layers that slices add to or take from the output's
+    configuration.
+    """
     architecture = get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     base = config.base_model.config(options.trust_remote_code)
@@ -131,6 +133,14 @@ def weight_ranges(plan: MergePlan) -> dict[str, str]:
 def write_merged_adapter(
     config: MergeConfiguration, merge_options: MergeOptions, out_path: Path, source: str
 ) -> None:
+    """Merge to one adapter in `out_path`, without a model.
+
+    Args:
+        source: the recipe as its author wrote it
+
+    Raises:
+        InputError: something in the merge is no low-rank update of a base tensor.
+    """
     _refuse_tokenizer(config)
     planner = make_planner(config, merge_options)
     refuse_inputs(config, out_path)

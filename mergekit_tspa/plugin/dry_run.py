@@ -1,6 +1,7 @@
 """A dry run of a recipe, from the adapters and the headers of the models alone.
 
-Only whether a full model leaves room for an adapter as the result is seen from its norms, biases and embeddings.
+Only whether a full model leaves room for an adapter as the result is seen from its norms, biases and
+embeddings.
 """
 
 import logging
@@ -18,16 +19,6 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
-from mergekit_tspa.plugin.compat import (
-    LoadTensor,
-    LoaderCache,
-    MergeConfiguration,
-    MergeOptions,
-    MergePlanner,
-    ModelReference,
-    aligns_vocabulary,
-    stored_name,
-)
 from mergekit_tspa.adapters import kind_of, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.errors import InputError
@@ -35,8 +26,18 @@ from mergekit_tspa.insight.forecast import AdapterOutcome, Forecast, SeenAdapter
 from mergekit_tspa.insight.inspection import short_names
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin.adapter_output import adapter_file, make_planner, weight_ranges
+from mergekit_tspa.plugin.compat import (
+    LoaderCache,
+    LoadTensor,
+    MergeConfiguration,
+    MergeOptions,
+    MergePlanner,
+    ModelReference,
+    aligns_vocabulary,
+    stored_name,
+)
 from mergekit_tspa.plugin.merge_method import ADAPTER
-from mergekit_tspa.plugin.planning import merge_of, PlannedRecipe
+from mergekit_tspa.plugin.planning import PlannedRecipe, merge_of
 from mergekit_tspa.plugin.recipe import complete, sources, validation_faults
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 

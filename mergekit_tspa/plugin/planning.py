@@ -1,4 +1,6 @@
-"""From mergekit's plan of a recipe to a `MergePlan`, and from that to the tasks that take the place of mergekit's."""
+"""From mergekit's plan of a recipe to a `MergePlan`, and from that to the tasks that take the place of
+mergekit's.
+"""
 
 import json
 import os
@@ -6,7 +8,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
-
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.geometry import AttentionGeometry
+from mergekit_tspa.base.tensors import Index, ModelTensors
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.bases import warn_of_other_bases
+from mergekit_tspa.merging.outputs import OutputTensor, Wanted
+from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
+from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
 from mergekit_tspa.plugin.compat import (
     ExecuteMergeMethodTask,
     GatherTensors,
@@ -22,15 +32,6 @@ from mergekit_tspa.plugin.compat import (
     planned_tensors,
     stored_name,
 )
-from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.base.geometry import AttentionGeometry
-from mergekit_tspa.base.tensors import Index, ModelTensors
-from mergekit_tspa.errors import InputError
-from mergekit_tspa.merging.bases import warn_of_other_bases
-from mergekit_tspa.merging.outputs import OutputTensor, Wanted
-from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
-from mergekit_tspa.methods import METHODS, Method
-from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
 from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, dense_message
 from mergekit_tspa.plugin.recipe import filters
 from mergekit_tspa.plugin.references import AdapterReference, LoraLoader
@@ -51,7 +52,8 @@ from mergekit_tspa.plugin.tasks import (
     Work,
 )
 
-# What one MergeChunk task holds at most, factors and solver: small beside a shard on a CPU, large batches on a GPU.
+# What one MergeChunk task holds at most, factors and solver: small beside a shard on a CPU, large batches on
+# a GPU.
 CPU_BYTES, ACCELERATOR_BYTES = 2**28, 2**32
 
 
@@ -196,8 +198,9 @@ def _merge_chunk(
     device: str | None,
     quiet: bool,
 ) -> MergeChunk:
-    # Solvers run before the first tensor is written ("\0" sorts first): a failure leaves no files, and the executor
-    # does not hold the base tensors that it would meet while Grams of later layers are still being made.
+    # Solvers run before the first tensor is written ("\0" sorts first): a failure leaves no files, and the
+    # executor does not hold the base tensors that it would meet while Grams of later layers are still being
+    # made.
     first = "\0" if plan.method.solves else ""
     sides = [
         LoadSide(
@@ -221,7 +224,8 @@ def record_tasks(tasks: MergeTasks, out_path: str) -> list[Task]:
     """Tasks that write what the method keeps beside the model in `out_path`; none for most methods.
 
     Raises:
-        InputError: a tensor changes by more than one low-rank update per adapter, which is all that records hold.
+        InputError: a tensor changes by more than one low-rank update per adapter, which is all that records
+            hold.
     """
     planned, plan = tasks.recipe, tasks.recipe.merge
     if plan.method.record is None or not plan.changed:
@@ -259,7 +263,8 @@ def _described(method: Method, output: OutputTensor) -> dict[str, object]:
     part = output.parts[0]
     if part.index or part.plan.changes or part.plan.is_dora:
         raise InputError(
-            f"{output.name}: {method.name} keeps what a task adds to each weight, and here a task does something else "
+            f"{output.name}: {method.name} keeps what a task adds to each weight, and here a task does "
+            "something else "
             "(DoRA, a fused expert, or a tensor trained directly); use another method for such adapters"
         )
     return {"base": output.base, "tasks": [adapter.name for adapter, _ in part.plan.sources]}
@@ -284,9 +289,12 @@ def _base_of(task: ExecuteMergeMethodTask) -> LoadBase:
 def _wanted(
     method: Method, name: str, task: ExecuteMergeMethodTask, touched: dict[ModelReference, set[str]]
 ) -> Iterable[Wanted]:
-    """What adapters do to the output's tensor `name`, or to experts in it; what they touch is added to `touched`."""
+    """What adapters do to the output's tensor `name`, or to experts in it; what they touch is added to
+    `touched`.
+    """
     infos = dict(task.gather_tensors.weight_info.items())
-    # Of the tensors after the last layer mergekit lists as many as the first slice has inputs; the name is one.
+    # Of the tensors after the last layer mergekit lists as many as the first slice has inputs; the name is
+    # one.
     shared = next(iter(infos.values()))
     base = infos.get(task.base_model, shared).name
     parameters = method.bind(
@@ -305,7 +313,8 @@ def _wanted(
         )
         if parts and reference not in infos:
             raise InputError(
-                f"{loader.adapter.name}: it adapts {given.name}, but mergekit does not weigh the inputs of the last "
+                f"{loader.adapter.name}: it adapts {given.name}, but mergekit does not weigh the inputs of "
+                "the last "
                 "slice for tensors outside the layers; give all slices the same inputs, some with weight 0"
             )
         done.update(parts)

@@ -13,6 +13,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from transformers import AutoTokenizer
 
+from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
+from mergekit_tspa.errors import InputError, did_you_mean, nearest
+from mergekit_tspa.merging.servable import LEFT_OUT
+from mergekit_tspa.methods import METHODS, Method
+from mergekit_tspa.methods.emr_records import DESCRIPTION
+from mergekit_tspa.methods.inputs import PER_MODEL
 from mergekit_tspa.plugin.compat import (
     ConditionalParameter,
     InputModelDefinition,
@@ -28,12 +34,6 @@ from mergekit_tspa.plugin.compat import (
     accelerator_count,
     dtype_from_name,
 )
-from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
-from mergekit_tspa.errors import InputError, did_you_mean, nearest
-from mergekit_tspa.merging.servable import LEFT_OUT
-from mergekit_tspa.methods import METHODS, Method
-from mergekit_tspa.methods.emr_records import DESCRIPTION
-from mergekit_tspa.methods.inputs import PER_MODEL
 from mergekit_tspa.plugin.merge_method import (
     ADAPTER,
     ADAPTER_PARAMETERS,
@@ -101,7 +101,9 @@ def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def adopt_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
-    """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not write them."""
+    """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not
+    write them.
+    """
     for name in architecture.modules if config.modules else ():
         if name in config.modules:
             continue
@@ -142,7 +144,9 @@ def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
 
 
 def _groups(config: MergeConfiguration) -> Iterator[tuple[list[Source], list[Holder]]]:
-    """The lists of inputs that are merged with each other, and where their parameters may be, innermost first."""
+    """The lists of inputs that are merged with each other, and where their parameters may be, innermost
+    first.
+    """
     for scope, outer in ((config, []), *((module, [config]) for module in (config.modules or {}).values())):
         if scope.models:
             yield scope.models, [scope, *outer]
@@ -192,8 +196,8 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
         base.config(options.trust_remote_code)
     except Exception as error:  # not named, not there, not reachable, not a model: all need the same way out
         raise InputError(
-            f"{adapter}: its adapter_config.json names the base model {path!r}, which is neither a model directory nor "
-            "a model of the hub that can be reached; name the base as base_model in the recipe"
+            f"{adapter}: its adapter_config.json names the base model {path!r}, which is neither a model "
+            "directory nor a model of the hub that can be reached; name the base as base_model in the recipe"
         ) from error
     return base
 
@@ -221,8 +225,8 @@ def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterato
         )
     if config.base_model.lora is not None:
         yield InputError(
-            f"base_model {config.base_model} has an adapter of its own; give the plain base, or merge that adapter "
-            "into a checkpoint first"
+            f"base_model {config.base_model} has an adapter of its own; give the plain base, or merge that "
+            "adapter into a checkpoint first"
         )
 
 
@@ -255,7 +259,8 @@ def _check_tokenizers(
 def _complete_sources(
     config: MergeConfiguration, options: MergeOptions, absent: Set[str], parameters: bool
 ) -> Iterator[InputError]:
-    """Write the base as `base_model` spells it, adapters as references on it, and full models as such beside it.
+    """Write the base as `base_model` spells it, adapters as references on it, and full models as such beside
+    it.
 
     Args:
         parameters: whether those of the recipe can be relied on; the defaults are taken otherwise
@@ -302,8 +307,8 @@ def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
         documents = list(yaml.safe_load_all(text))
         if len(documents) > 1:
             raise InputError(
-                f"{file}: holds {len(documents)} recipes, which is for mergekit-multi; put the one that is meant into "
-                "a file of its own"
+                f"{file}: holds {len(documents)} recipes, which is for mergekit-multi; put the one that is "
+                "meant into a file of its own"
             )
         document = documents[0] if documents else None
         config = MergeConfiguration.model_validate(document)
@@ -331,8 +336,8 @@ def validation_faults(error: ValidationError) -> list[str]:
         if "parameters" in where[:-2]:  # pydantic tries each kind of value, and all fail
             where = where[: where.index("parameters") + 2]
             what = (
-                f"{fault['input']!r} is no value; give a number, a word, true or false, a list of these over the "
-                "layers, or a list of filters"
+                f"{fault['input']!r} is no value; give a number, a word, true or false, a list of these "
+                "over the layers, or a list of filters"
             )
         else:
             what = fault["msg"]
@@ -384,7 +389,9 @@ def filters(config: MergeConfiguration) -> set[str]:
 
 
 def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
-    """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and tensors."""
+    """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and
+    tensors.
+    """
     used: dict[ModelReference, list[float]] = {}
     for group, holders in _groups(config):
         for source in group:
@@ -453,8 +460,8 @@ def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> I
     ranges = {tuple(source.layer_range) for source in output_slice.sources}
     if len(ranges) > 1:
         yield InputError(
-            f"a slice takes layers {sorted(ranges)} of its adapters, so the layers of the base are not clear; "
-            f"add `model: {base}` with its layer_range to the slice"
+            f"a slice takes layers {sorted(ranges)} of its adapters, so the layers of the base are not "
+            f"clear; add `model: {base}` with its layer_range to the slice"
         )
         return
     output_slice.sources.append(InputSliceDefinition(model=base, layer_range=ranges.pop()))
@@ -476,7 +483,8 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
                 continue
             if name == LEAVES_OUT.name and (unknown := sorted(_named(setting) - {*LEFT_OUT})):
                 yield InputError(
-                    f"{name}: {unknown[0]}: give some of {', '.join(LEFT_OUT)}{did_you_mean(unknown[0], LEFT_OUT)}"
+                    f"{name}: {unknown[0]}: give some of "
+                    f"{', '.join(LEFT_OUT)}{did_you_mean(unknown[0], LEFT_OUT)}"
                 )
                 continue
             if name in PER_MODEL and isinstance(setting, list):
@@ -525,7 +533,8 @@ def _warn_of_unreachable(name: str, setting: Any) -> None:
     open_ = next((i for i, part in enumerate(setting) if part.filter in (None, "*")), len(setting))
     for part in setting[open_ + 1 :]:
         LOG.warning(
-            "parameter %s: %s never has an effect, because the value %s before it is for all tensors; put filters first",
+            "parameter %s: %s never has an effect, because the value %s before it is for all tensors; put "
+            "filters first",
             name,
             f"filter {part.filter!r}" if part.filter else f"the value {part.value!r}",
             setting[open_].value,

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from pydantic import ConfigDict
 
-from mergekit_tspa.plugin.compat import LoadTensor, Task, TensorWriter, TensorWriterTask, dtype_from_name
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.merging.finish import finish_tensor
@@ -16,11 +15,12 @@ from mergekit_tspa.merging.pair_plans import load_side
 from mergekit_tspa.merging.plan import Chunk, MergePlan
 from mergekit_tspa.methods.inputs import PairPlan, PairSide, Survey
 from mergekit_tspa.methods.report import Report, Truncation
+from mergekit_tspa.plugin.compat import LoadTensor, Task, TensorWriter, TensorWriterTask, dtype_from_name
 from mergekit_tspa.progress import Bar
 from mergekit_tspa.updates import Dense, LowRank
 
-# The fields of an update by their names.  The executor moves the tensors of dictionaries between devices, but turns
-# named tuples into plain ones.
+# The fields of an update by their names.  The executor moves the tensors of dictionaries between devices, but
+# turns named tuples into plain ones.
 UpdateFields = dict[str, torch.Tensor]
 
 
@@ -44,7 +44,9 @@ class SideSource:
 
 
 class LoadBase(LoadTensor, Task[torch.Tensor], frozen=True):
-    """A tensor of the base; mergekit's `LoadTensor` may give none, so its plans in memory do not take that one."""
+    """A tensor of the base; mergekit's `LoadTensor` may give none, so its plans in memory do not take that
+    one.
+    """
 
 
 class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
@@ -67,7 +69,9 @@ class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
 
 
 class SurveyModel(Task[dict], frozen=True):
-    """Statistics of the adapters over all tensors, for methods whose thresholds are those of the whole model."""
+    """Statistics of the adapters over all tensors, for methods whose thresholds are those of the whole
+    model.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     work: Work  # of all tensors
@@ -184,7 +188,9 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True):
 
 
 class LogMerge(Task[None], frozen=True):
-    """Once the merge is written, say what the solvers did, and what of updates and full models was left out."""
+    """Once the merge is written, say what the solvers did, and what of updates and full models was left
+    out.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     finish: Task  # which writes the last of it

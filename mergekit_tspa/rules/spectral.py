@@ -1,4 +1,6 @@
-"""Rules on singular values and vectors, which commute with changes of orthonormal basis: TSV, Iso and CART."""
+"""Rules on singular values and vectors, which commute with changes of orthonormal basis: TSV, Iso and
+CART.
+"""
 
 import math
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_tspa.rules.rule_kinds import Entrywise
 from mergekit_tspa.rules.order_statistics import order_statistics
+from mergekit_tspa.rules.rule_kinds import Entrywise
 from mergekit_tspa.rules.update_statistics import Block, Positions
 
 # Entries of each update that an entrywise rule looks at in one go: few beside a tensor, even of many
