@@ -1,4 +1,4 @@
-"""Post-import hooks on five mergekit modules; standard library only.
+"""Post-import hooks on six mergekit modules; standard library only.
 
 torch calls `install` at the end of `import torch` (entry-point group `torch.backends`), before mergekit's
 merge methods are imported.  `install` puts one finder on `sys.meta_path`; when one of the modules below is
@@ -23,6 +23,7 @@ _HOOKED = (
     "mergekit.merge_methods.registry",
     "mergekit.merge",
     "mergekit.plan",
+    "mergekit.multigpu_executor",
     "mergekit.evo.genome",
 )
 

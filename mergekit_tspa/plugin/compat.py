@@ -14,7 +14,9 @@ imported; elsewhere they look like any other name of this module:
 
 import functools
 import inspect
+import queue
 import sys
+import threading
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -257,7 +259,6 @@ TAKEN = (
         has="base_model gather_tensors input_parameters model_order parameters",
     ),
     Needed("mergekit.multigpu_executor", "MultiGPUExecutor", "targets storage_device"),
-    Needed("mergekit.multigpu_executor", "MultiGPUExecutor.run", "quiet"),
     Needed(
         "mergekit.options",
         "MergeOptions",
@@ -315,9 +316,22 @@ PLAN_IN_MEMORY = Needed(
 PLAN_TO_DISK = Needed(
     "mergekit.plan", "MergePlanner.plan_to_disk", "out_path", exact=True, calls="_plan _tensors"
 )
+WORK_PARALLEL = Needed(
+    "mergekit.multigpu_executor",
+    "MultiGPUExecutor._device_worker",
+    "task_list cached_values device quiet",
+    calls="task_completion_queue",
+)
+RUN_PARALLEL = Needed(
+    "mergekit.multigpu_executor",
+    "MultiGPUExecutor.run",
+    "quiet",
+    exact=True,
+    calls="done_event",
+)
 HOOKED = (
     *(GENERATE_CARD, GET_ARCHITECTURE_INFO, MODEL_OUT_CONFIG, RUN_MERGE, RUN_MERGE_PLANNER),
-    *(PLAN, PLAN_IN_MEMORY, PLAN_TO_DISK),
+    *(PLAN, PLAN_IN_MEMORY, PLAN_TO_DISK, WORK_PARALLEL, RUN_PARALLEL),
 )
 
 # mergekit-evolve's module is looked at only where a program imports it.
@@ -474,6 +488,26 @@ def plan(planner: "MergePlanner") -> None:
 def planned_tensors(planner: "MergePlanner") -> "list[tuple[WeightInfo, Task]]":
     """The output's tensors and their tasks, in mergekit's own list: what is put in changes the plan."""
     return planner._tensors
+
+
+def keep_all_results(executor: "MultiGPUExecutor") -> None:
+    """Let the thread that collects the results of `--multi-gpu` stop only when it has collected all.
+
+    mergekit's stops as soon as the devices are done.  Results that are still queued then are lost, and the
+    merge ends in "No value for required tensor".
+    """
+    executor.done_event = _Drained(executor.task_completion_queue)
+
+
+class _Drained(threading.Event):
+    """An event that counts as set only when the queue is empty."""
+
+    def __init__(self, queue: "queue.Queue[Any]") -> None:
+        super().__init__()
+        self._queue = queue
+
+    def is_set(self) -> bool:
+        return super().is_set() and self._queue.empty()
 
 
 def aligns_vocabulary(planner: "MergePlanner") -> bool:

@@ -226,6 +226,11 @@ def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -
     return tasks
 
 
+def _run_parallel(original: Hook, executor: compat.MultiGPUExecutor, quiet: bool = False) -> Any:
+    compat.keep_all_results(executor)
+    return original(executor, quiet)
+
+
 _HOOKS: dict[compat.Needed, Hook] = {
     compat.GET_ARCHITECTURE_INFO: _get_architecture_info,
     compat.MODEL_OUT_CONFIG: _model_out_config,
@@ -235,4 +240,5 @@ _HOOKS: dict[compat.Needed, Hook] = {
     compat.PLAN: _plan,
     compat.PLAN_IN_MEMORY: _plan_in_memory,
     compat.PLAN_TO_DISK: _plan_to_disk,
+    compat.RUN_PARALLEL: _run_parallel,
 }

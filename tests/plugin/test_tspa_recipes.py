@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import queue
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +146,12 @@ def test_modules(inner, llama, three, tmp_path):
     )
 
 
+class SlowQueue(queue.Queue):
+    def get(self, *args, **kwargs):
+        time.sleep(0.005)
+        return super().get(*args, **kwargs)
+
+
 @pytest.mark.parametrize("options", [[], ["--low-cpu-memory", "--read-to-gpu"]], ids=" ".join)
 def test_several_devices(options, llama, three, tmp_path, monkeypatch):
     """mergekit's multi-GPU executor with two CPU devices and real threads; islands stay independent."""
@@ -159,6 +167,8 @@ def test_several_devices(options, llama, three, tmp_path, monkeypatch):
         monkeypatch.setattr(multigpu_executor, name, fake)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    # The thread that collects results lags behind the devices, as it does on a busy machine.
+    monkeypatch.setattr(multigpu_executor.queue, "Queue", SlowQueue)
     used = set()
     from mergekit_tspa.plugin import tasks
 
