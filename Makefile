@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := build/models/SmolLM2-135M-Instruct
 MERGED := build/demo/tspa_lora
 
-.PHONY: demo test wheel lint clean
+.PHONY: demo test wheel lint tables clean
 
 demo: $(MERGED)/mergekit_config.yml
 	$(BIN)/python examples/answers.py $(MODEL) $(MERGED)
@@ -42,6 +42,12 @@ lint: .venv/ready
 	$(BIN)/ruff check -q .
 	$(BIN)/ruff format -q --check .
 	$(BIN)/mypy
+
+# What is made from the tables in code: the static text of `methods`, and tables of README and docs.
+tables: .venv/ready
+	$(BIN)/python -m mergekit_tspa.commands.method_table
+	$(BIN)/python -m tests.test_docs
+	$(BIN)/python -m tests.adapters.test_table_of_kinds
 
 clean:
 	rm -rf build dist

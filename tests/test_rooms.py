@@ -108,6 +108,7 @@ def test_one_file_knows_private_names_of_mergekit():
     private = {name for name in names if name.startswith("_") and not name.endswith("__")}
     assert private == {
         "_METHODS",
+        "_device_worker",
         "_model_out_config",
         "_plan",
         "_resolve_name",

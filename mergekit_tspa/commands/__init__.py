@@ -1,1 +1,1 @@
-"""The command line: the only room that knows click."""
+"""The command line: the room that knows click."""

@@ -1,6 +1,7 @@
 """The method table.  A file per family; each ends in its rows."""
 
 from mergekit_tspa.methods.compose import SPACE_RULE_METHODS
+from mergekit_tspa.methods.data_free import DATA_FREE_METHODS
 from mergekit_tspa.methods.factor_linear import factor_linear_method
 from mergekit_tspa.methods.lora_lego import lora_lego_method
 from mergekit_tspa.methods.method import Method
@@ -16,6 +17,7 @@ ROWS: tuple[Method, ...] = (
     lora_lego_method,
     rotation_method,
     factor_linear_method,
+    *DATA_FREE_METHODS,
     *SPACE_RULE_METHODS,
 )
 METHODS: dict[str, Method] = {method.name: method for method in ROWS}

@@ -1,6 +1,6 @@
 """What the post-import hooks do to mergekit's modules; everything else in mergekit stays as it is.
 
-Each hook is called with the function of mergekit in whose place it stands, and with that one's arguments.
+Each hook is given the function of mergekit that it replaces, and that function's arguments.
 """
 
 from __future__ import (

@@ -20,8 +20,13 @@ def ties(
 ) -> Tensor:
     """Keep the largest entries of each update, elect a sign per entry, and average the entries that have it.
 
-    `g = sgn(sum_t a_t trim(M_t))`, `S_t = trim(M_t)` where its sign is `g` and 0 elsewhere, and the result
-    is `sum_t a_t S_t / sum_{t: S_t != 0} |a_t|`.
+    In three steps, with the paper's symbols beside ours (`tau_t` is `M_t`, `k` is `density`):
+
+        S_t = trim(M_t)                       the largest `density` of its entries    (paper: tau^_t)
+        g   = sgn(sum_t a_t S_t)              the elected sign of each entry          (paper: gamma_m)
+        M   = sum_{t in P} a_t S_t / sum_{t in P} |a_t|,  P: those with sgn(a_t S_t) = g   (paper: A^p)
+
+    The paper has no weights, `a_t = 1`; here they take part in the election, and the mean is theirs.
 
     Yadav et al., TIES-Merging: Resolving Interference When Merging Models, 2023 (arXiv 2306.01708).
 

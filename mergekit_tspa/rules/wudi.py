@@ -6,7 +6,8 @@ SWUDI and SWUDI-A go along the eigenvectors of `S` at once, `S = V e V^T`:
 
     M = M_0 - (M_0 S - E) V (f / e) V^T,   M_0 the sum or the mean,   0 <= f <= 1,
 
-which leaves `M_0` where `f` is 0 and solves the loss where it is 1.  An adapter alone is itself for all.
+which leaves `M_0` where `f` is 0 and solves the loss where it is 1.  With a single adapter every variant
+returns that adapter.
 """
 
 import math

@@ -59,6 +59,7 @@ KEEPS_ALL = {
     "breadcrumbs": {"density": 1.0, "gamma": 0.0},
     "iso": None,
     "pcb": None,
+    "dc_merge": {"smoothing": "none"},
     "robustmerge": {"density": 1.0, "lambda": 1.0},
     "robustmerge_code": {"density": 1.0, "lambda": 1.0},
 }

@@ -246,7 +246,7 @@ def test_bad_input():
         ("core_tsv", "orthogonalise", "did you mean orthogonalize?"),
         ("knots_ties", "lamda", "did you mean lambda?"),
         ("rotation", "clusters", "clusters is a parameter of lora_lego"),
-        ("rotation", "density", "density is a parameter of robustmerge, robustmerge_code, lora_ties"),
+        ("rotation", "density", "density is a parameter of robustmerge, robustmerge_code, tact, lora_ties"),
         ("lora_mean", "zzz", "it has weight, lambda"),
     ],
 )
