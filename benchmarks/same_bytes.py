@@ -136,8 +136,10 @@ def examples(folder: Path) -> dict[str, dict[str, str]]:
     for recipe in sorted((ROOT / "yaml_examples").glob("*.yml")):
         documents = list(yaml.safe_load_all(recipe.read_text()))
         command = "mergekit-multi" if len(documents) > 1 else "mergekit-yaml"
-        more = ["-I", folder / "parts"] if len(documents) > 1 else []
-        error = run(command, recipe, *more, *([] if more and len(documents) == 1 else [folder / "example"]))
+        out = [folder / "example"]
+        if command == "mergekit-multi":
+            out = ["-I", folder / "parts", "--out-path", *out]
+        error = run(command, recipe, *out)
         found[recipe.stem] = {"error": error} if error else written(folder)
         for part in ("example", "parts"):
             shutil.rmtree(folder / part, ignore_errors=True)
