@@ -1,8 +1,9 @@
 """Examples of what an adapter is for, from a file of JSON lines in the formats that TRL reads."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -52,7 +53,10 @@ class ExampleFile(NamedTuple):
 
 
 def read_examples(
-    file: Path, tokenizer: Tokenizer, max_length: int | None = None, verbatim: bool = False
+    source: Path | Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    verbatim: bool = False,
 ) -> ExampleFile:
     """Read a file with one JSON object a line, in any of these formats, which may differ from line to line:
 
@@ -68,7 +72,7 @@ def read_examples(
     A key `answer` is kept, others are ignored, and so are empty lines.
 
     Args:
-        file: JSON lines in UTF-8
+        source: a file of JSON lines in UTF-8, or the objects themselves
         tokenizer: of the base model
         max_length: of an example in tokens, by default any; `context_length` gives the model's.  Longer ones
             lose their end and are counted
@@ -78,27 +82,44 @@ def read_examples(
         InputError: the file is missing or empty, or a line is not of these formats; with the number of the
             line.
     """
-    try:
-        content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InputError(f"{file}: not readable as JSON lines ({reason})") from None
-    encoder = _Encoder(tokenizer, verbatim)
     examples, cut = [], 0
-    # Not splitlines(), which takes characters that JSON allows inside a string for ends of lines.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    encoder = _Encoder(tokenizer, verbatim)
+    for where, read in _rows(source):
         try:
-            example = encoder.example(_parse(line))
+            example = encoder.example(read())
         except InputError as error:
-            raise InputError(f"{file}, line {number}: {error.message}") from None
+            raise InputError(f"{where}: {error.message}") from None
         if max_length is not None and len(example.tokens) > max_length:
             example, cut = _shortened(example, max_length), cut + 1
         examples.append(example)
     if not examples:
-        raise InputError(f"{file}: holds no examples; {FORMATS}")
+        raise InputError(
+            f"{source if isinstance(source, Path) else 'examples'}: holds no examples; {FORMATS}"
+        )
     return ExampleFile(tuple(examples), cut)
+
+
+def _rows(
+    source: Path | Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]:
+    """Where each example stands, and a function that reads it.
+
+    Raises:
+        InputError: the file is not readable.
+    """
+    if not isinstance(source, Path):
+        for number, row in enumerate(source):
+            yield f"example {number}", partial(_checked_row, row)
+        return
+    try:
+        content = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise InputError(f"{source}: not readable as JSON lines ({reason})") from None
+    # Not splitlines(), which takes characters that JSON allows inside a string for ends of lines.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if line.strip():
+            yield f"{source}, line {number}", partial(_parse, line)
 
 
 def context_length(config: Any) -> int | None:
@@ -134,8 +155,12 @@ def _parse(line: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise InputError(f"is not JSON; {FORMATS}") from None
-    if not isinstance(row, dict):
-        raise InputError(f"is a JSON {type(row).__name__} instead of an object; {FORMATS}")
+    return _checked_row(row)
+
+
+def _checked_row(row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise InputError(f"is a {type(row).__name__} instead of an object; {FORMATS}")
     return row
 
 

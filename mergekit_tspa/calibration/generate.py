@@ -73,7 +73,12 @@ def write_answers(
 
 
 def self_texts(
-    singles: Singles, tokenizer: Tokenizer, count: int = 32, new_tokens: int = 110, **sampling: Any
+    singles: Singles,
+    tokenizer: Tokenizer,
+    count: int = 32,
+    new_tokens: int = 110,
+    names: Sequence[str] | None = None,
+    **sampling: Any,
 ) -> dict[str, list[Example]]:
     """Texts for users who have none: each adapter writes right after the chat template's assistant header.
 
@@ -85,6 +90,7 @@ def self_texts(
         tokenizer: of the base
         count: of each adapter's texts
         new_tokens: a text has at most so many after the header
+        names: of the adapters that write, by default all
         **sampling: as for `write_answers`
 
     Raises:
@@ -92,7 +98,10 @@ def self_texts(
     """
     header = assistant_header(tokenizer)
     return write_answers(
-        singles, {name: [Example(header, None)] * count for name in singles.names}, new_tokens, **sampling
+        singles,
+        {name: [Example(header, None)] * count for name in names or singles.names},
+        new_tokens,
+        **sampling,
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mergekit_tspa.base.names import TensorNames
 from mergekit_tspa.base.tensors import ModelTensors
@@ -31,6 +30,13 @@ def silent(stage: str, done: float, left: float | None = None) -> None:
     """The progress that nobody hears of."""
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer; transformers, which takes seconds to import, is imported by now."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 class Layer(NamedTuple):
     """A module of the model, and the tensor of the base that it multiplies with."""
 
@@ -46,7 +52,7 @@ class Layer(NamedTuple):
     @property
     def transposed(self) -> bool:
         """Whether its tensor is stored `(d_in, d_out)`."""
-        return self.embedding or isinstance(self.module, Conv1D)
+        return self.embedding or _is_conv1d(self.module)
 
     @property
     def routed(self) -> bool:
@@ -89,7 +95,7 @@ def find_layers(model: nn.Module, base: ModelTensors, tensors: Iterable[str]) ->
                 "that run as one tensor are not; methods that use examples cannot merge it"
             )
         path = name.removesuffix(".weight")
-        if not isinstance(modules[path], (nn.Linear, nn.Embedding, Conv1D)):
+        if not (isinstance(modules[path], nn.Linear | nn.Embedding) or _is_conv1d(modules[path])):
             raise InputError(
                 f"{tensor} of {base.name} belongs to a {type(modules[path]).__name__}; methods that use "
                 "examples merge linear layers and embeddings only"

@@ -38,6 +38,10 @@ class DenseInputs(NamedTuple):
     def dense(self) -> Tensor:
         return self.C
 
+    def trace(self) -> Tensor:
+        """The inputs' mean square length."""
+        return self.C.trace()
+
     def low_rank(self, k: int = RANK) -> "SketchedInputs":
         """The `k` largest eigenvalues, and what they leave of the diagonal, which stays exact."""
         values, U = torch.linalg.eigh(self.C.double())
@@ -56,6 +60,10 @@ class SketchedInputs(NamedTuple):
 
     def dense(self) -> Tensor:
         return (self.U * self.values) @ self.U.mT + torch.diag(self.rest)
+
+    def trace(self) -> Tensor:
+        """The inputs' mean square length."""
+        return self.U.square().sum(0) @ self.values + self.rest.sum()
 
     def low_rank(self, k: int = RANK) -> "SketchedInputs":
         """With at most `k` columns; what the others hold of the diagonal goes to the rest."""

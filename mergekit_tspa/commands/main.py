@@ -24,6 +24,10 @@ _OWN = {  # command: its module, and what it does
         "mergekit_tspa.commands.inspect_adapters",
         "What adapters are, how they agree and fight, and what a merge keeps.",
     ),
+    "calibrate": (
+        "mergekit_tspa.commands.calibrate_adapters",
+        "Statistics of each adapter's texts, to merge without the texts.",
+    ),
     "check": (
         "mergekit_tspa.commands.check_recipe",
         "Say what a merge would do, and all that is wrong with its recipe.",

@@ -23,9 +23,11 @@ from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.files import read_json
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.calibration.readings import SELF, TextSource
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.bases import warn_of_different_bases, warn_of_other_bases
 from mergekit_tspa.merging.finish import MergedUpdate, finish
+from mergekit_tspa.merging.guide import Guide
 from mergekit_tspa.merging.merge import log_merge, merge_plan
 from mergekit_tspa.merging.outputs import TensorPlan, Wanted
 from mergekit_tspa.merging.plan import MergePlan, plan_merge
@@ -36,6 +38,7 @@ from mergekit_tspa.methods.report import Report, Truncation, summary
 from mergekit_tspa.updates import LowRank
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
+TextsLike = str | os.PathLike | Sequence[Mapping[str, Any]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
 
 
@@ -136,6 +139,8 @@ def merge_adapters(
     geometry: AttentionGeometry | None = None,
     device: torch.device | str | None = None,
     progress: Progress = silent,
+    examples: TextsLike | Sequence[TextsLike | None] | None = None,
+    calibration: Sequence[str | os.PathLike | None] | None = None,
     **parameters,
 ) -> MergedAdapters:
     """Merge LoRA adapters of one base into one update per module.
@@ -153,6 +158,9 @@ def merge_adapters(
         device: where the method computes; the CPU by default.
         progress: called with the name of a stage, the fraction of it that is done, and the fraction of the
             objective at its start that is left, None where there is none.
+        examples: for methods that look at texts, one per adapter: a file of JSON lines, a list of such
+            objects, or `self` for texts that the adapter writes itself; `"self"` alone is that for all.
+        calibration: instead, one file per adapter with statistics of its texts (`mergekit-tspa calibrate`).
         **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`), `extract_rank` and
             `extract_energy` for all full models.
 
@@ -194,7 +202,11 @@ def merge_adapters(
         warn_of_different_bases(loaded)
     else:
         warn_of_other_bases(loaded, directory)
-    plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry)
+    guide = None
+    if row.guided:
+        sources = text_sources(loaded, examples, calibration)
+        guide = Guide(model, None if directory is None else Path(directory), sources)
+    plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry, guide)
     updates, reports = merge_plan(plan, device, progress)
     log_merge([], loaded)
     merged = MergedAdapters(
@@ -266,6 +278,7 @@ def plan_adapters(
     model: ModelTensors | None = None,
     base: Mapping[str, Tensor] | None = None,
     geometry: AttentionGeometry | None = None,
+    guide: Guide | None = None,
 ) -> MergePlan:
     """A merge of adapters with one weight and one set of parameters for all tensors.
 
@@ -274,6 +287,7 @@ def plan_adapters(
         model: the base as adapters see it
         base: its tensors
         geometry: its head counts, where `base` is a mapping
+        guide: the base and the texts, for methods that look at texts
 
     Raises:
         InputError: what `plan_merge` refuses, or no head counts where they are needed.
@@ -312,7 +326,48 @@ def plan_adapters(
         read=None if base is None else base.__getitem__,
         shapes=None if model is None else model.shapes,
         geometry_of=geometry_of,
+        guide=guide,
     )
+
+
+def text_sources(
+    adapters: Sequence[Adapter],
+    examples: TextsLike | Sequence[TextsLike | None] | None,
+    calibration: Sequence[str | os.PathLike | None] | None,
+) -> dict[Adapter, TextSource]:
+    """Where the texts of each adapter come from.
+
+    Raises:
+        InputError: not one of them per adapter, or something else than texts.
+    """
+    if isinstance(examples, str) and examples == SELF:
+        examples = [SELF] * len(adapters)
+    sources = {adapter: TextSource() for adapter in adapters}
+    for name, given in (("examples", examples), ("calibration", calibration)):
+        if given is None:
+            continue
+        if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
+            raise InputError(f"{name} must have one entry per adapter, not {reprlib.repr(given)}")
+        entries = list(given)
+        if len(entries) != len(adapters):
+            raise InputError(f"{len(adapters)} adapters and {len(entries)} {name}: give one per adapter")
+        for adapter, entry in zip(adapters, entries):
+            sources[adapter] = sources[adapter]._replace(**{name: _texts(name, entry)})
+    return sources
+
+
+def _texts(name: str, entry: Any) -> Any:
+    """
+    Raises:
+        InputError: this is no file, nor `self`, nor a list of objects.
+    """
+    if entry is None or entry == SELF:
+        return entry
+    if isinstance(entry, str | os.PathLike):
+        return Path(entry).expanduser()
+    if name == "examples" and isinstance(entry, Sequence):
+        return entry
+    raise InputError(f"{name}: give a file for each adapter, not {reprlib.repr(entry)}")
 
 
 def load_adapter(

@@ -97,8 +97,7 @@ def finish(plan: TensorPlan, update: LowRank | Dense | None) -> MergedUpdate:
     Args:
         update: what the method made of the tensor; None if no adapter has factors for it
     """
-    default = type(plan.parameters).model_fields["lambda_"].default
-    scale = plan.parameters.lambda_ / default
+    scale = _scale(plan.parameters)
     finished: LowRank | Dense | Dora | None = update
     if update is not None and plan.is_dora:
         magnitudes = [
@@ -114,6 +113,14 @@ def finish(plan: TensorPlan, update: LowRank | Dense | None) -> MergedUpdate:
     if finished is None:
         raise ValueError(f"{plan.name}: nothing is merged there")
     return finished
+
+
+def _scale(parameters: Parameters) -> float:
+    """`lambda` as a multiple of the method's default; a length that is found by texts is the default."""
+    default = type(parameters).model_fields["lambda_"].default
+    return (
+        1.0 if parameters.lambda_ == default else parameters.lambda_ / (1.0 if default == "auto" else default)
+    )
 
 
 def apply_parts(W: Tensor, parts: Iterable[tuple[Index, MergedUpdate]], dtype: torch.dtype) -> Tensor:

@@ -42,7 +42,7 @@ def merge_chunks(
     plan: MergePlan, chunks: Sequence[Chunk], device: Device = None, progress: Progress = silent
 ) -> Iterator[tuple[Updates, list[Report | Truncation]]]:
     """The updates and reports of each chunk, one after the other."""
-    survey = survey_plan(plan, device)
+    survey = survey_plan(plan, device, progress)
     for done, chunk in enumerate(chunks):
 
         def share(stage: str, fraction: float, left: float | None = None, done: int = done) -> None:
@@ -92,9 +92,19 @@ def merge_chunk(
     return Merged([updates[plan.name] for plan in chunk.tensors], reports)
 
 
-def survey_plan(plan: MergePlan, device: Device = None) -> Survey | None:
-    """The method's statistics over all tensors, or None if it wants none."""
-    if not plan.surveys or plan.method.survey is None:
+def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = silent) -> Survey | None:
+    """What the method knows of all tensors before it merges the first, or None if it wants nothing.
+
+    Raises:
+        InputError: a file of texts is wrong, or the base is no model that reads them.
+    """
+    if not plan.surveys:
+        return None
+    if plan.method.guided and plan.guide and plan.tensors:
+        readings = plan.guide.readings(plan.tensors, device, progress)
+        inputs = (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
+        return plan.method.guided([w for w in inputs if w.factors], readings)
+    if plan.method.survey is None:
         return None
     return plan.method.survey(
         lambda: (
@@ -137,7 +147,8 @@ def load_tensor(method: Method, plan: TensorPlan, device: Device) -> TensorInput
     if method.drops_zeros:
         loaded = [part for part in loaded if part[0].B.any() and part[0].A.any()]
     factors, weights, adapters = zip(*loaded) if loaded else ((), (), ())
-    return TensorInputs(plan.name, factors, weights, plan.parameters, adapters)
+    transposed = any(module.transposed for module in plan.modules)
+    return TensorInputs(plan.name, factors, weights, plan.parameters, adapters, transposed=transposed)
 
 
 def log_merge(reports: Sequence[Report | Truncation], adapters: Sequence[Adapter]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.base.geometry import AttentionGeometry, in_attention
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.guide import Guide, check_guide
 from mergekit_tspa.merging.outputs import OutputTensor, Part, TensorPlan, Wanted
 from mergekit_tspa.merging.pair_plans import plan_pairs
 from mergekit_tspa.methods.inputs import PairPlan
@@ -50,6 +51,7 @@ class MergePlan:
     outputs: tuple[OutputTensor, ...]
     pairs: tuple[PairPlan, ...]
     read: ReadTensor | None  # None: no base is at hand
+    guide: Guide | None = None  # what a method that looks at texts is given besides
 
     @cached_property
     def changed(self) -> dict[str, OutputTensor]:
@@ -68,7 +70,11 @@ class MergePlan:
 
     @property
     def surveys(self) -> bool:
-        """Whether the method asks for statistics over all tensors before it merges the first."""
+        """Whether the method looks at all tensors, or at texts, before it merges the first."""
+        return self.method.guided is not None or self._scoped
+
+    @property
+    def _scoped(self) -> bool:
         return self.method.survey is not None and any(
             plan.parameters.scope == "model" for plan in self.tensors
         )
@@ -135,6 +141,7 @@ def plan_merge(
     read: ReadTensor | None = None,
     shapes: Mapping[str, tuple[int, ...] | None] | None = None,
     geometry_of: Callable[[str], AttentionGeometry] | None = None,
+    guide: Guide | None = None,
 ) -> MergePlan:
     """Decide everything about a merge, and refuse what cannot be done.
 
@@ -144,6 +151,7 @@ def plan_merge(
         read: reads a tensor of the base by its name in the output
         shapes: of the output's tensors as far as they are known, for methods that look at attention products
         geometry_of: head counts of an attention block, for such methods
+        guide: the base and the adapters' texts, for methods that look at texts
 
     Raises:
         InputError: a weight out of the method's range, updates of different shapes, a rank that nothing
@@ -162,8 +170,10 @@ def plan_merge(
         named = f"{silent[0]} and {len(silent) - 1} more" if silent[1:] else silent[0]
         LOG.warning("%s: all weights are zero, so the base stays as it is", named)
     outputs = tuple(OutputTensor(name, base, tuple(parts[name])) for name, base in bases.items())
-    plan = MergePlan(method, tuple(adapters), outputs, (), read)
+    plan = MergePlan(method, tuple(adapters), outputs, (), read, guide)
     _check(plan)
+    if method.guided:
+        check_guide(method, [*plan.changed.values()], guide)
     if not (
         method.attention and any(t.parameters.attention_steps and in_attention(t.name) for t in plan.tensors)
     ):
@@ -217,7 +227,8 @@ def _check(plan: MergePlan) -> None:
         raise InputError(f"rank {min(asked)}: the merged updates carry rank {carried} at most; leave it out")
     if plan.surveys and any(tensor.parameters != tensors[0].parameters for tensor in tensors):
         raise InputError(
-            f"{method.name}: scope: model needs the same parameters for all weights; only weight may vary"
+            f"{method.name}: {'scope: model' if plan._scoped else 'it'} needs the same parameters for all "
+            "tensors; only weight may vary"
         )
     if method.elects and (mixed := next((t for t in tensors if min(t.weights) < 0 < max(t.weights)), None)):
         LOG.warning(

@@ -2,9 +2,12 @@
 
 from mergekit_tspa.methods.compose import SPACE_RULE_METHODS
 from mergekit_tspa.methods.data_free import DATA_FREE_METHODS
+from mergekit_tspa.methods.distill import distill_method
 from mergekit_tspa.methods.factor_linear import factor_linear_method
+from mergekit_tspa.methods.fisher import fisher_method
 from mergekit_tspa.methods.lora_lego import lora_lego_method
 from mergekit_tspa.methods.method import Method
+from mergekit_tspa.methods.regmean import REGMEAN_METHODS
 from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
 from mergekit_tspa.methods.rotation import rotation_method
 from mergekit_tspa.methods.svd_cur import svd_cur_method
@@ -17,6 +20,9 @@ ROWS: tuple[Method, ...] = (
     lora_lego_method,
     rotation_method,
     factor_linear_method,
+    *REGMEAN_METHODS,
+    fisher_method,
+    distill_method,
     *DATA_FREE_METHODS,
     *SPACE_RULE_METHODS,
 )

@@ -12,8 +12,9 @@ from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.linalg import seed_of
 from mergekit_tspa.updates import LoraFactors
 
-# Statistics of each adapter over all tensors of the model.
-Survey: TypeAlias = Mapping[Adapter, torch.Tensor]
+# What a method knows of the whole model before it merges the first tensor: statistics of each adapter, or
+# what texts say of each tensor.
+Survey: TypeAlias = Mapping[Any, Any]
 
 
 class Progress(Protocol):
@@ -84,7 +85,8 @@ class TensorInputs(NamedTuple):
     weights: Sequence[float]  # a_t, never 0
     parameters: Parameters
     adapters: Sequence[Adapter] = ()  # whose factors they are
-    survey: Survey | None = None  # statistics over the whole model, where they are wanted
+    survey: Survey | None = None  # what is known of the whole model, where it is wanted
+    transposed: bool = False  # whether the base stores the tensor `(d_in, d_out)`
 
     def generator(self, seed: int, *names: str) -> torch.Generator:
         """A source of randomness that depends on the seed and on names only, not on the order of

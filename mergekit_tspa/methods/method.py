@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mergekit_tspa.adapters import Extraction
+from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods.inputs import PER_MODEL, Pair, Parameters, Planned, Progress, Survey, TensorInputs
 from mergekit_tspa.methods.pico import at_mean_norm, pico
@@ -72,6 +73,9 @@ class Method:
     attention: bool = False  # looks at attention products, hence at the base's tensors
     solves: bool = False  # iterates, so that it is done, and can fail, before anything is written
     survey: Callable[[Callable[[], Iterable[TensorInputs]]], Survey] | None = None
+    # Of a method that looks at texts: what they say of each tensor, which `merge` is given as the survey.
+    guided: Callable[[Sequence[TensorInputs], Readings], Survey] | None = None
+    needs_texts: bool = False  # and statistics that were made of them do not suffice
     record: Callable[[TensorInputs], dict[str, torch.Tensor]] | None = (
         None  # what is written beside the model
     )

@@ -32,7 +32,21 @@ ADAPTER = ParameterSpec(
     description="also write the merge as one PEFT adapter",
 )
 
-
+EXAMPLES = ParameterSpec(
+    name="examples",
+    value_type=str,
+    scope=ParameterScope.NON_BASE,
+    default="",
+    description="texts of what the adapter is for: a file of JSON lines, or `self`",
+)
+CALIBRATION = ParameterSpec(
+    name="calibration",
+    value_type=str,
+    scope=ParameterScope.NON_BASE,
+    default="",
+    description="statistics of such texts, in their place",
+)
+TEXTS = (EXAMPLES, CALIBRATION)  # of every method, as most do not look at texts and merge without them
 LEAVES_OUT = ParameterSpec(
     name="adapter_leaves_out",
     value_type=str,
@@ -66,7 +80,7 @@ class AdapterMergeMethod(GroupMergeMethod):
         ]
         self.spec = MergeMethodSpec(
             name=method.name,
-            parameters=(WEIGHT, ADAPTER, LEAVES_OUT, *shared),
+            parameters=(WEIGHT, *TEXTS, ADAPTER, LEAVES_OUT, *shared),
             contract=InputContract(base=BasePolicy.REQUIRED),  # a slice or module may be the base's own
             pretty_name=method.title,
             reference_url=method.url,

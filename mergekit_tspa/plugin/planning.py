@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
+from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import Index, ModelTensors
+from mergekit_tspa.calibration.readings import TextSource
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.bases import warn_of_other_bases
+from mergekit_tspa.merging.guide import Guide
 from mergekit_tspa.merging.outputs import OutputTensor, Wanted
 from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
 from mergekit_tspa.methods import METHODS, Method
@@ -32,7 +36,7 @@ from mergekit_tspa.plugin.compat import (
     planned_tensors,
     stored_name,
 )
-from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, dense_message
+from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, TEXTS, dense_message
 from mergekit_tspa.plugin.recipe import filters
 from mergekit_tspa.plugin.references import AdapterReference, LoraLoader
 from mergekit_tspa.plugin.tasks import (
@@ -133,6 +137,10 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     names = [weight.name for weight, _ in planned_tensors(planner)]
     for unmatched in sorted(f for f in filters(config) if not any(f in name for name in names)):
         LOG.warning("filter %r is in the name of no tensor", unmatched)
+    guide = None
+    if method.guided:
+        directory = LoaderCache().get(config.base_model).index.base_path
+        guide = Guide(_base_tensors(config, options), Path(directory), _text_sources(planner, adapters))
     merge = plan_merge(
         method,
         [loader.adapter for loader in adapters.values()],
@@ -141,6 +149,7 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
         read=lambda name: unconverted[name].execute(),
         shapes=_shapes(config, unconverted) if method.attention else None,
         geometry_of=_geometry(config, options) if method.attention else None,
+        guide=guide,
     )
     return PlannedRecipe(
         config, options, tuple(weight for weight, _ in planned_tensors(planner)), loads, merge
@@ -159,7 +168,7 @@ def make_tasks(planned: PlannedRecipe) -> MergeTasks:
     }
     survey = None
     if plan.surveys:
-        survey = SurveyModel(work=Work(plan, plan.whole, "\0"), device=device)
+        survey = SurveyModel(work=Work(plan, plan.whole, "\0"), device=device, quiet=options.quiet)
     merges: dict[str, MergeChunk] = {}
     for chunk in plan.chunks(_budget(planned), labels.__getitem__):
         merge = _merge_chunk(plan, chunk, loads, labels, survey, device, options.quiet)
@@ -327,6 +336,20 @@ def _wanted(
             if part in loader.adapter.changes:
                 want.changes.append((loader.adapter, loader.adapter.changes[part], weight))
     return wanted.values()
+
+
+def _text_sources(
+    planner: MergePlanner, adapters: Mapping[ModelReference, LoraLoader]
+) -> dict[Adapter, TextSource]:
+    """Where each adapter's texts come from, by the recipe."""
+    sources = {}
+    for _, task in planned_tensors(planner):
+        for reference in task.model_order:
+            if reference in adapters:
+                given = [task.input_parameters[reference].get(spec.name) or None for spec in TEXTS]
+                examples, calibration = (text and os.path.expanduser(text) for text in given)
+                sources[adapters[reference].adapter] = TextSource(examples, calibration and Path(calibration))
+    return sources
 
 
 def _refuse_dense(method: Method, name: str, task: ExecuteMergeMethodTask) -> None:

@@ -38,6 +38,7 @@ from mergekit_tspa.plugin.merge_method import (
     ADAPTER,
     ADAPTER_PARAMETERS,
     LEAVES_OUT,
+    TEXTS,
     WEIGHT,
     AdapterMergeMethod,
 )
@@ -487,7 +488,7 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
                     f"{', '.join(LEFT_OUT)}{did_you_mean(unknown[0], LEFT_OUT)}"
                 )
                 continue
-            if name in PER_MODEL and isinstance(setting, list):
+            if name in (*PER_MODEL, *(spec.name for spec in TEXTS)) and isinstance(setting, list):
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
             if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
                 yield InputError(

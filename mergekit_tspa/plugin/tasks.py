@@ -69,13 +69,12 @@ class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
 
 
 class SurveyModel(Task[dict], frozen=True):
-    """Statistics of the adapters over all tensors, for methods whose thresholds are those of the whole
-    model.
-    """
+    """What a method knows of all tensors beforehand: statistics of the adapters, or what texts say."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     work: Work  # of all tensors
     device: str | None
+    quiet: bool
 
     def arguments(self) -> dict[str, Task]:
         return {}
@@ -87,8 +86,8 @@ class SurveyModel(Task[dict], frozen=True):
         return True
 
     def execute(self) -> dict:
-        with torch.no_grad():
-            return dict(survey_plan(self.work.plan, device_of(self.device)) or {})
+        with torch.no_grad(), Bar(self.quiet) as bar:
+            return dict(survey_plan(self.work.plan, device_of(self.device), bar.update) or {})
 
 
 class MergeChunk(Task[dict], frozen=True):

@@ -64,8 +64,10 @@ def test_scoring_leaves_the_base_bit_for_bit(llama, adapters, tmp_path):
     answers = single_answers(singles, random_texts(singles.names))
     score(singles, merge_of(singles), answers, 0.5)
     with pytest.raises(InputError, match="NaN or infinite"):
-        tensor = next(iter(singles.layers))
-        broken = LoraFactors(torch.full((64, 1), torch.nan), torch.ones(1, 64))
+        # A value, not a query or key: some kernels of attention turn scores that are NaN into numbers.
+        tensor = next(name for name in singles.layers if "v_proj" in name)
+        d_out, d_in = singles.factors[singles.names[0]][tensor].shape
+        broken = LoraFactors(torch.full((d_out, 1), torch.nan), torch.ones(1, d_in))
         score(singles, {tensor: broken}, answers)
     known = base_tensors(llama)
     assert model.state_dict().keys() == known.keys()
@@ -90,7 +92,8 @@ def test_few_kept_tokens_bound_the_divergence_from_below(llama, adapters):
         score(singles, {}, single_answers(singles, texts, top))["three"].divergence
         for top in (1, 8, 48, 95, 96)
     ]
-    assert by_top == sorted(by_top)
+    for fewer, more in zip(by_top, by_top[1:]):
+        assert fewer <= more * (1 + 1e-4)
     assert by_top[0] < 0.9 * by_top[-1]
     assert by_top[-2] == pytest.approx(by_top[-1], rel=1e-3)
 

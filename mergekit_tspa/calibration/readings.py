@@ -1,0 +1,215 @@
+"""What a base model and its adapters say of a merge's texts; each thing is made when it is first wanted."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.calibration.examples import Example, Tokenizer, context_length, read_examples
+from mergekit_tspa.calibration.generate import self_texts, write_answers
+from mergekit_tspa.calibration.layers import Progress, silent
+from mergekit_tspa.calibration.load import load_model, load_tokenizer
+from mergekit_tspa.calibration.moments import InputStatistics, input_statistics
+from mergekit_tspa.calibration.score import Answers, single_answers
+from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Singles
+from mergekit_tspa.calibration.store import hash_adapter, hash_base, load_statistics
+from mergekit_tspa.errors import InputError
+
+LOG = logging.getLogger(__name__)
+SELF = "self"
+FEW_TOKENS = 256  # of an adapter's texts; below this the ridge has much to say
+
+
+class TextSource(NamedTuple):
+    """Where an adapter's texts come from, or statistics that were made of texts before."""
+
+    examples: Path | str | Sequence[Mapping[str, Any]] | None = None  # `self`: the adapter writes them
+    calibration: Path | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.examples is None and self.calibration is None
+
+
+class Reading(NamedTuple):
+    """How texts are read and written."""
+
+    self_texts: int = 32  # how many an adapter writes by itself
+    new_tokens: int = 110  # an answer that an adapter writes has at most so many
+    seed: int = 42
+    batch_tokens: int = BATCH_TOKENS
+    memory: float | None = None  # GiB for the base; by default most of what is free
+
+
+class Readings:
+    """The base, its adapters, and their texts.
+
+    Args:
+        base: the base as adapters see it
+        directory: of the base; None if `model` and `tokenizer` are given
+        sources: of each adapter's texts
+        how: texts are read and written
+        device: where the model computes
+        progress: hears of all long work
+        model: if it is in memory already
+        tokenizer: of the base, by default the one beside it
+    """
+
+    def __init__(
+        self,
+        base: ModelTensors,
+        directory: Path | None,
+        sources: Mapping[Adapter, TextSource],
+        how: Reading | None = None,
+        device: torch.device | str = "cpu",
+        progress: Progress = silent,
+        model: Model = None,
+        tokenizer: Tokenizer = None,
+    ):
+        self.base, self.directory, self.sources, self.how = base, directory, sources, how or Reading()
+        self.device, self.progress = torch.device(device), progress
+        self._model, self._tokenizer = model, tokenizer
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        return tuple(self.sources)
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether texts of every adapter are at hand, and not only statistics of them."""
+        return all(source.examples is not None for source in self.sources.values())
+
+    @property
+    def has_given_texts(self) -> bool:
+        """Whether these were given, as opposed to written by the adapter with no prompt."""
+        return self.has_texts and all(source.examples != SELF for source in self.sources.values())
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None and self.directory is None:
+            raise InputError("a model in memory has no tokenizer: give tokenizer=")
+        return self._tokenizer or load_tokenizer(self._path)
+
+    @cached_property
+    def model(self) -> Model:
+        if self._model is not None:
+            return self._model
+        memory = int(self.how.memory * 2**30) if self.how.memory is not None else free_memory(self.device)
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        return load_model(self._path, dtype, memory, self.device)
+
+    @cached_property
+    def singles(self) -> Singles:
+        """The adapters beside the base, those with texts only."""
+        reading = [adapter for adapter, source in self.sources.items() if source.examples is not None]
+        return Singles(self.model, self.base, reading)
+
+    def texts(self) -> dict[str, list[Example]]:
+        """The texts that are given, by adapter; those without an answer are not written yet.
+
+        Raises:
+            InputError: a file that is not readable, or a line that is no example.
+        """
+        found = {}
+        for adapter, source in self.sources.items():
+            if source.examples is None or source.examples == SELF:
+                continue
+            given = Path(source.examples) if isinstance(source.examples, str | Path) else source.examples
+            examples, cut = read_examples(given, self.tokenizer, self._context)
+            if cut:
+                LOG.warning(
+                    "%s: %d of %d texts are longer than the model's context of %d tokens and were cut",
+                    adapter.name,
+                    cut,
+                    len(examples),
+                    self._context,
+                )
+            found[adapter.name] = list(examples)
+        return found
+
+    @cached_property
+    def written(self) -> dict[str, list[Example]]:
+        """The texts of every adapter, with answers that it wrote itself where none are given."""
+        sampling: dict[str, Any] = {
+            "seed": self.how.seed,
+            "batch_tokens": self.how.batch_tokens,
+            "progress": self.progress,
+        }
+        texts = self.texts()  # before the model is loaded: a wrong file is said at once
+        texts = write_answers(self.singles, texts, self.how.new_tokens, **sampling)
+        alone = [name for name in self.singles.names if name not in texts]
+        if alone:
+            texts |= self_texts(
+                self.singles, self.tokenizer, self.how.self_texts, self.how.new_tokens, alone, **sampling
+            )
+        for name, own in texts.items():
+            tokens = sum(len(example.tokens) for example in own)
+            if tokens < FEW_TOKENS:
+                LOG.warning(
+                    "%s: its %d texts have %d tokens together, which says little of its inputs; give more",
+                    name,
+                    len(own),
+                    tokens,
+                )
+        return {name: texts[name] for name in self.singles.names}
+
+    @cached_property
+    def statistics(self) -> dict[str, dict[str, InputStatistics]]:
+        """Second moments of every adapter's inputs, from files or in one pass, by adapter and tensor."""
+        found = self._stored()
+        if len(found) < len(self.sources):
+            found |= input_statistics(
+                self.singles, self.written, batch_tokens=self.how.batch_tokens, progress=self.progress
+            )
+        return {adapter.name: found[adapter.name] for adapter in self.adapters}
+
+    def answers(self, texts: int | None = None) -> dict[str, list[Answers]]:
+        """What single adapters say of their texts, or of the first so many of each."""
+        chosen = {name: own[:texts] for name, own in self.written.items()}
+        return single_answers(self.singles, chosen, progress=self.progress)
+
+    @property
+    def _path(self) -> Path:
+        assert self.directory is not None
+        return self.directory
+
+    @property
+    def _context(self) -> int | None:
+        if self._model is not None:
+            return context_length(self._model.config)
+        limit = Checkpoint(self._path).config().get("max_position_embeddings")
+        return int(limit) if limit else None
+
+    def _stored(self) -> dict[str, dict[str, InputStatistics]]:
+        """
+        Raises:
+            InputError: statistics of another base or adapter, or no statistics.
+        """
+        wanted = {a: s.calibration for a, s in self.sources.items() if s.calibration and s.examples is None}
+        if not wanted:
+            return {}
+        base = hash_base(Checkpoint(self._path))
+        return {
+            adapter.name: load_statistics(file, base, hash_adapter(adapter))
+            for adapter, file in wanted.items()
+        }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Most of the memory that is free, in bytes; None where the system does not say."""
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(0.7 * 1024 * int(line.split()[1]))
+        return int(0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (OSError, ValueError):
+        return None

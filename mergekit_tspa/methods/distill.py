@@ -1,0 +1,107 @@
+"""Distillation: train one adapter until it says what the single adapters say of their own texts.
+
+Starts from another method's result at the rank of one adapter; no labels are used.  This is no published
+method.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from mergekit_tspa.calibration.distill import distill
+from mergekit_tspa.calibration.readings import Readings
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.methods.inputs import TensorInputs, silent
+from mergekit_tspa.methods.method import RANK_PARAMETER, Method
+from mergekit_tspa.methods.regmean import RegmeanParameters, solve_regmean
+from mergekit_tspa.methods.texts import (
+    LOG,
+    TextParameters,
+    as_survey,
+    at_its_length,
+    rank_of,
+    take_solved,
+    text_parameters,
+)
+from mergekit_tspa.updates import LoraFactors, LowRank
+
+
+class DistillParameters(TextParameters):
+    start: str = Field("regmean", description="the method whose result the training starts from")
+    steps: int = Field(64, ge=0, description="of the optimiser")
+    texts_per_step: int = Field(2, ge=1, description="texts of each adapter in a step")
+    rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="the largest learning rate")
+
+
+def merge_distill(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping[str, Mapping[str, Tensor]]:
+    """
+    Raises:
+        InputError: a start of no method, or one that has no result at the rank of an adapter.
+    """
+    p = text_parameters(inputs)
+    assert isinstance(p, DistillParameters)
+    start = start_of(inputs, p, readings)
+    found = distill(
+        readings.singles,
+        start,
+        readings.answers(),
+        steps=p.steps,
+        texts_per_step=p.texts_per_step,
+        rate=p.rate,
+        seed=p.seed,
+        progress=readings.progress,
+    )
+    LOG.info(
+        "distill: the divergence from the single adapters fell from %.3g to %.3g of the base's in %d steps",
+        found.start,
+        found.end,
+        found.steps,
+    )
+    return as_survey(found.updates)
+
+
+def start_of(
+    inputs: Sequence[TensorInputs], p: DistillParameters, readings: Readings
+) -> Mapping[str, LoraFactors]:
+    """What the training starts from, at the rank of the result.
+
+    Raises:
+        InputError: there is no such method, or it looks at attention products or texts.
+    """
+    from mergekit_tspa.methods import METHODS  # which distill is one of
+
+    if p.start == "regmean":
+        own = {name: getattr(p, name) for name in TextParameters.model_fields}
+        bound = RegmeanParameters.model_construct(**own)
+        updates: Mapping[str, LoraFactors]
+        updates = solve_regmean([w._replace(parameters=bound) for w in inputs], readings)
+    else:
+        method = METHODS.get(p.start)
+        if method is None or method.guided or method.attention or method.equal_ranks:
+            raise InputError(
+                f"start: {p.start}: give regmean, or a method that looks at neither texts nor attention, "
+                "such as core_tsv"
+            )
+        bound = method.bind({})
+        merged = method.merge([w._replace(parameters=bound) for w in inputs], [], silent)
+        updates = {
+            w.name: LowRank(*u) if isinstance(u := update.truncated(rank_of(w, p)), LoraFactors) else u
+            for w, update in zip(inputs, merged.updates)
+        }
+    return at_its_length(updates, p, readings, "distill")
+
+
+distill_method = Method(
+    name="distill",
+    title="Distillation",
+    summary="one adapter trained to say what each single adapter says of its own texts; no labels",
+    paper="this project",
+    url="",
+    result=RANK_PARAMETER,
+    merge=take_solved,
+    guided=merge_distill,
+    needs_texts=True,
+    parameters=DistillParameters,
+    weight="of the start",
+)
