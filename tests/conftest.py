@@ -103,6 +103,41 @@ def adapters(llama, tmp_path_factory) -> list[Path]:
     ]
 
 
+LINES = [
+    {"prompt": "w1 w2 w3", "completion": "w4 w5 w6 w7 w8"},
+    {"messages": [{"role": "user", "content": "w9 w10"}, {"role": "assistant", "content": "w11 w12 w13"}]},
+    {"text": "w14 w15 w16 w17 w18 w19"},
+    {"prompt": "w20 w21 w22", "completion": "w23 w24"},
+]
+
+
+def write_lines(path: Path, rows=LINES) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def turned(rows, by: int):
+    """The same texts in other words."""
+    return json.loads(json.dumps(rows).replace("w1", f"w{by}"))
+
+
+@pytest.fixture(scope="session")
+def speaking(tmp_path_factory):
+    """A base with a tokenizer, two adapters, and a file of texts for each."""
+    from tests.calibration.conftest import tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("speaking")
+    base = save_llama(folder / "base", max_position_embeddings=128)
+    tiny_tokenizer().save_pretrained(base)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    adapters = [
+        save_adapter(base, folder / "math", seed=1, r=3, target_modules=targets),
+        save_adapter(base, folder / "code", seed=2, r=2, target_modules=targets[:2]),
+    ]
+    texts = [write_lines(folder / "math.jsonl"), write_lines(folder / "code.jsonl", turned(LINES, 4))]
+    return base, adapters, texts
+
+
 def recipe(method: str, base: Path | None, adapters: list, weights: list | None = None, **top) -> dict:
     """A recipe that merges adapters, each a path of an adapter of `base`."""
     models = [{"model": {"model": {"path": str(base)}, "lora": {"path": str(a)}}} for a in adapters]

@@ -19,6 +19,10 @@ def every_method(tmp_path_factory):
     adapters = [
         save_adapter(base, folder / f"a{seed}", seed=seed, target_modules="all-linear") for seed in (1, 2, 3)
     ]
+    texts = folder / "texts.jsonl"
+    texts.write_text(
+        '{"prompt": "w1 w2", "completion": " w3 w4 w5 w6"}\n{"text": "w7 w8 w9"}\n{"prompt": "w5"}\n' * 2
+    )
     recipes = []
     for name, method in METHODS.items():
         wanted = {
@@ -26,6 +30,8 @@ def every_method(tmp_path_factory):
             "lora_steps": 20,
             "attention_steps": 10,
             "rank": 4,
+            "steps": 4,
+            "new_tokens": 4,
             "k": 2,
             "c": 1,
             "adapter": True,
@@ -33,9 +39,10 @@ def every_method(tmp_path_factory):
         parameters = {key: wanted[key] for key in wanted if key in {"adapter", *method.parameter_fields()}}
         if name.endswith("_emr") and name != "ctm_emr":
             del parameters["rank"]  # their masks are those of the whole rank
-        recipes.append(
-            recipe(name, base, adapters, [1.0, 0.5, 0.8], name=f"{name}-merge", parameters=parameters)
-        )
+        config = recipe(name, base, adapters, [1.0, 0.5, 0.8], name=f"{name}-merge", parameters=parameters)
+        for model in config["models"]:  # most methods do not look at them
+            model["parameters"]["examples"] = str(texts)
+        recipes.append(config)
     return write_recipe(folder / "every.yml", recipes)
 
 

@@ -19,8 +19,11 @@ ALLOWED = {  # room -> rooms of this package it may import
     "spaces": {"spaces", *CORE},
     "rules": {"rules", "errors", "linalg"},
     "calibration": {"calibration", "adapters", "base", *CORE},
-    "methods": {"methods", "adapters", "base", "alignment", "spaces", "rules", *CORE},
-    "merging": {"merging", "methods", "adapters", "base", "alignment", "spaces", "rules", *CORE},
+    "methods": {"methods", "calibration", "adapters", "base", "alignment", "spaces", "rules", *CORE},
+    "merging": {
+        *("merging", "methods", "calibration", "adapters", "base", "alignment", "spaces", "rules"),
+        *CORE,
+    },
     "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
 }
 

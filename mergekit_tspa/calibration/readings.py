@@ -1,6 +1,5 @@
 """What a base model and its adapters say of a merge's texts; each thing is made when it is first wanted."""
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,7 +21,6 @@ from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Singles
 from mergekit_tspa.calibration.store import hash_adapter, hash_base, load_statistics
 from mergekit_tspa.errors import InputError
 
-LOG = logging.getLogger(__name__)
 SELF = "self"
 FEW_TOKENS = 256  # of an adapter's texts; below this the ridge has much to say
 
@@ -75,6 +73,7 @@ class Readings:
     ):
         self.base, self.directory, self.sources, self.how = base, directory, sources, how or Reading()
         self.device, self.progress = torch.device(device), progress
+        self.warnings: list[str] = []  # of what was read so far; numbers, and no text
         self._model, self._tokenizer = model, tokenizer
 
     @property
@@ -101,9 +100,14 @@ class Readings:
     def model(self) -> Model:
         if self._model is not None:
             return self._model
-        memory = int(self.how.memory * 2**30) if self.how.memory is not None else free_memory(self.device)
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        return load_model(self._path, dtype, memory, self.device)
+        return load_model(self._path, dtype, self.memory_limit, self.device)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that the base may take; a larger one is streamed."""
+        given = self.how.memory
+        return free_memory(self.device) if given is None else int(given * 2**30)
 
     @cached_property
     def singles(self) -> Singles:
@@ -124,12 +128,9 @@ class Readings:
             given = Path(source.examples) if isinstance(source.examples, str | Path) else source.examples
             examples, cut = read_examples(given, self.tokenizer, self._context)
             if cut:
-                LOG.warning(
-                    "%s: %d of %d texts are longer than the model's context of %d tokens and were cut",
-                    adapter.name,
-                    cut,
-                    len(examples),
-                    self._context,
+                self.warnings.append(
+                    f"{adapter.name}: {cut} of {len(examples)} texts are longer than the model's context of "
+                    f"{self._context} tokens and were cut"
                 )
             found[adapter.name] = list(examples)
         return found
@@ -152,11 +153,9 @@ class Readings:
         for name, own in texts.items():
             tokens = sum(len(example.tokens) for example in own)
             if tokens < FEW_TOKENS:
-                LOG.warning(
-                    "%s: its %d texts have %d tokens together, which says little of its inputs; give more",
-                    name,
-                    len(own),
-                    tokens,
+                self.warnings.append(
+                    f"{name}: its {len(own)} texts have {tokens} tokens together, which says little of its "
+                    "inputs; give more"
                 )
         return {name: texts[name] for name in self.singles.names}
 

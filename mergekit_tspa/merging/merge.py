@@ -103,7 +103,10 @@ def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = sil
     if plan.method.guided and plan.guide and plan.tensors:
         readings = plan.guide.readings(plan.tensors, device, progress)
         inputs = (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
-        return plan.method.guided([w for w in inputs if w.factors], readings)
+        found = plan.method.guided([w for w in inputs if w.factors], readings)
+        for warning in readings.warnings:
+            LOG.warning("%s", warning)
+        return found
     if plan.method.survey is None:
         return None
     return plan.method.survey(

@@ -2,15 +2,15 @@
 
 from mergekit_tspa.methods.compose import SPACE_RULE_METHODS
 from mergekit_tspa.methods.data_free import DATA_FREE_METHODS
-from mergekit_tspa.methods.distill import distill_method
 from mergekit_tspa.methods.factor_linear import factor_linear_method
-from mergekit_tspa.methods.fisher import fisher_method
 from mergekit_tspa.methods.lora_lego import lora_lego_method
 from mergekit_tspa.methods.method import Method
-from mergekit_tspa.methods.regmean import REGMEAN_METHODS
 from mergekit_tspa.methods.robustmerge import ROBUSTMERGE_METHODS
 from mergekit_tspa.methods.rotation import rotation_method
 from mergekit_tspa.methods.svd_cur import svd_cur_method
+from mergekit_tspa.methods.text_distill import distill_method
+from mergekit_tspa.methods.text_fisher import fisher_method
+from mergekit_tspa.methods.text_regmean import REGMEAN_METHODS
 from mergekit_tspa.methods.tspa import TSPA_METHODS
 
 ROWS: tuple[Method, ...] = (

@@ -24,6 +24,7 @@ from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.forecast import AdapterOutcome, Forecast, SeenAdapter, StoredAs
 from mergekit_tspa.insight.inspection import short_names
+from mergekit_tspa.merging.guide import reading_plan
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin.adapter_output import adapter_file, make_planner, weight_ranges
 from mergekit_tspa.plugin.compat import (
@@ -51,6 +52,7 @@ class DryRun:
     config: MergeConfiguration
     adapters: list[SeenAdapter] = field(default_factory=list)
     forecast: Forecast | None = None
+    reading: list[str] = field(default_factory=list)  # what would be read, of methods that look at texts
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -72,6 +74,8 @@ class DryRun:
             console.print(table)
         for about, of in alike.items():
             console.print(f"{', '.join(of)}: {about}", soft_wrap=True)
+        for sentence in self.reading:
+            console.print(f"texts: {sentence}", soft_wrap=True)
         for label, text in self.forecast.rows(self.adapters) if self.forecast else ():
             console.print(f"{label}: {text}", soft_wrap=True)
         for warning in self.warnings:
@@ -113,6 +117,10 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
             run.forecast = attempt(problems, config.merge_method, lambda: _forecast(config, options))
         if run.forecast:
             run.warnings += run.forecast.warnings()
+            plan = run.forecast.plan
+            if plan.guide:
+                seen = attempt(problems, "texts", lambda: reading_plan(plan.tensors, plan.guide))
+                run.reading = seen or []
     run.warnings = [
         *dict.fromkeys(run.warnings)
     ]  # what is seen of an adapter is said again when it is planned

@@ -100,7 +100,7 @@ def test_long_texts_lose_their_end_and_are_counted(tmp_path):
     ("line", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "JSON list instead of an object"),
+        ("[1]", "is a list instead of an object"),
         ({"question": "secret"}, "no prompt, messages or text"),
         ({"prompt": "secret", "text": "secret"}, "has prompt and text"),
         ({"prompt": 3}, "must both be strings"),

@@ -1,5 +1,7 @@
 """Scores of merges in memory, beside models that have them in their tensors."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -92,7 +94,7 @@ def test_few_kept_tokens_bound_the_divergence_from_below(llama, adapters):
         score(singles, {}, single_answers(singles, texts, top))["three"].divergence
         for top in (1, 8, 48, 95, 96)
     ]
-    for fewer, more in zip(by_top, by_top[1:]):
+    for fewer, more in pairwise(by_top):
         assert fewer <= more * (1 + 1e-4)
     assert by_top[0] < 0.9 * by_top[-1]
     assert by_top[-2] == pytest.approx(by_top[-1], rel=1e-3)

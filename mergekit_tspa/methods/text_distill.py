@@ -14,7 +14,7 @@ from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.inputs import TensorInputs, silent
 from mergekit_tspa.methods.method import RANK_PARAMETER, Method
-from mergekit_tspa.methods.regmean import RegmeanParameters, solve_regmean
+from mergekit_tspa.methods.text_regmean import RegmeanParameters, solve_regmean
 from mergekit_tspa.methods.texts import (
     LOG,
     TextParameters,
