@@ -84,6 +84,8 @@ def find_layers(model: nn.Module, base: ModelTensors, tensors: Iterable[str]) ->
         InputError: a tensor belongs to no linear layer or embedding of the model.
     """
     modules = dict(model.named_modules())
+    # A layer that PEFT has wrapped computes in the layer inside, which has the hooks.
+    modules = {path: getattr(module, "base_layer", module) for path, module in modules.items()}
     names = TensorNames([f"{path}.weight" for path, module in modules.items() if hasattr(module, "weight")])
     found = {}
     for tensor in tensors:

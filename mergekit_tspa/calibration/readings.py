@@ -176,7 +176,12 @@ class Readings:
 
     @property
     def _path(self) -> Path:
-        assert self.directory is not None
+        """
+        Raises:
+            InputError: the base is a model in memory, whose files are not known.
+        """
+        if self.directory is None:
+            raise InputError("the files of a model in memory are not known: give examples, no calibration")
         return self.directory
 
     @property

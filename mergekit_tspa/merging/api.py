@@ -141,6 +141,8 @@ def merge_adapters(
     progress: Progress = silent,
     examples: TextsLike | Sequence[TextsLike | None] | None = None,
     calibration: Sequence[str | os.PathLike | None] | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
     **parameters,
 ) -> MergedAdapters:
     """Merge LoRA adapters of one base into one update per module.
@@ -161,6 +163,8 @@ def merge_adapters(
         examples: for methods that look at texts, one per adapter: a file of JSON lines, a list of such
             objects, or `self` for texts that the adapter writes itself; `"self"` alone is that for all.
         calibration: instead, one file per adapter with statistics of its texts (`mergekit-tspa calibrate`).
+        model: that reads the texts, if the base is in memory already, in place of the base's directory.
+        tokenizer: of that model.
         **parameters: as in a recipe (`lambda` as `lambda_` or through `**{"lambda": ..}`), `extract_rank` and
             `extract_energy` for all full models.
 
@@ -193,10 +197,10 @@ def merge_adapters(
     if directory is not None:
         base = Checkpoint(directory)
 
-    model = None if base is None else ModelTensors.of("the base", base)
+    tensors = None if base is None else ModelTensors.of("the base", base)
     extraction = row.extraction(parameters)
     loaded, touched = zip(
-        *(load_adapter(a, f"adapter {i}", model, extraction) for i, a in enumerate(adapters))
+        *(load_adapter(a, f"adapter {i}", tensors, extraction) for i, a in enumerate(adapters))
     )
     if directory is None:
         warn_of_different_bases(loaded)
@@ -205,15 +209,15 @@ def merge_adapters(
     guide = None
     if row.guided:
         sources = text_sources(loaded, examples, calibration)
-        guide = Guide(model, None if directory is None else Path(directory), sources)
-    plan = plan_adapters(row, bound, loaded, touched, weights, model, base, geometry, guide)
+        guide = Guide(tensors, None if directory is None else Path(directory), sources, model, tokenizer)
+    plan = plan_adapters(row, bound, loaded, touched, weights, tensors, base, geometry, guide)
     updates, reports = merge_plan(plan, device, progress)
     log_merge([], loaded)
     merged = MergedAdapters(
         {_module(tensor): finish(tensor, updates.get(tensor.name)) for tensor in plan.every}
     )
     merged.reports, merged.plan = summary(reports), plan
-    merged.model, merged.base = model, directory
+    merged.model, merged.base = tensors, directory
     return merged
 
 

@@ -1,7 +1,8 @@
 """Merge adapters that are loaded in a PEFT model, by any method; PEFT's own is `add_weighted_adapter`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ def add_merged_adapter(
     name: str,
     weights: Sequence[float] | None = None,
     method: str = "core_tsv",
+    examples: Any = None,
+    tokenizer: Any = None,
     **parameters,
 ) -> None:
     """Merge adapters of a model and add the result to it as one more adapter.
@@ -41,6 +44,8 @@ def add_merged_adapter(
         name: of the new one.
         weights: one number per adapter, 1 by default; an adapter of weight 0 takes no part.
         method: a name of `mergekit_tspa.METHODS`; for those with dense updates give `rank`.
+        examples: for methods that look at texts, as in `merge_adapters`; this model reads them.
+        tokenizer: of the model, for these methods.
         **parameters: of the method, as in `merge_adapters`.
 
     Raises:
@@ -56,11 +61,18 @@ def add_merged_adapter(
     if row and row.result.dense and parameters.get("rank") is None:
         raise InputError(f"{method} makes dense updates, which no adapter can hold: give rank=")
 
-    context = _attention_context(base) if row and row.attention else {}
+    context: dict[str, Any] = {}
+    if row and (row.attention or row.guided):
+        context["base"] = _tensors(base)
+    if row and row.attention:
+        context["geometry"] = AttentionGeometry.from_config(LoraModel.get_model_config(base))
+    if row and row.guided:
+        context |= {"model": base, "tokenizer": tokenizer, "examples": examples}
     factors = [{path: _read(layer, a) for path, layer in layers.items() if _pair(layer, a)} for a in adapters]
-    merged = merge_adapters(
-        method, factors, weights, device=next(model.parameters()).device, **context, **parameters
-    )
+    with _switched_off(model) if row and row.guided else nullcontext():
+        merged = merge_adapters(
+            method, factors, weights, device=next(model.parameters()).device, **context, **parameters
+        )
     if not merged:
         raise InputError("every weight is 0: there is nothing to merge")
     # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
@@ -82,6 +94,18 @@ def add_merged_adapter(
         _write(layers[path], name, update.padded(rank), dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+
+
+@contextmanager
+def _switched_off(model: PeftModel) -> Iterator[None]:
+    """While this lasts the model is the base alone; then what is trained in it is as before."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trained.items():
+            parameter.requires_grad_(was)
 
 
 def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
@@ -122,13 +146,10 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
             )
 
 
-def _attention_context(base: torch.nn.Module) -> dict[str, Any]:
-    """The base's tensors under the names they have without PEFT, and its head counts."""
+def _tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The base's tensors under the names they have without PEFT."""
     tensors = {key.replace(".base_layer.", "."): tensor for key, tensor in base.state_dict().items()}
-    return {
-        "base": {key: tensor for key, tensor in tensors.items() if LoraModel.prefix not in key},
-        "geometry": AttentionGeometry.from_config(LoraModel.get_model_config(base)),
-    }
+    return {key: tensor for key, tensor in tensors.items() if LoraModel.prefix not in key}
 
 
 def _pair(layer: LoraLayer, adapter: str) -> tuple[Parameter, Parameter] | None:

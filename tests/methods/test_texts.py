@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from mergekit_tspa import InputError, merge_adapters, read_adapter
+from mergekit_tspa import InputError, add_merged_adapter, merge_adapters, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.calibration.gradients import squared_gradients
 from mergekit_tspa.calibration.score import score, single_answers
@@ -118,13 +118,16 @@ def test_lambda_is_found_by_the_texts(speaking):
     assert divergence(found) <= divergence(plain) * (1 + 1e-3)
 
 
-def test_distillation_comes_closer_than_its_start(speaking):
-    base, adapters, texts = speaking
+def test_distillation_comes_closer_than_its_start(speaking, tmp_path):
+    base, adapters, _ = speaking
+    # What a random model learns from some texts says nothing of others, so all are the same.
+    texts = [write_lines(tmp_path / name, LINES[i : i + 1] * 8) for i, name in enumerate("ab")]
     singles = singles_of(base, adapters)
-    answers = single_answers(singles, {path.name: encoded(base, file) for path, file in zip(adapters, texts)})
+    named = {path.name: encoded(base, file) for path, file in zip(adapters, texts)}
+    answers = single_answers(singles, named)
 
     def divergence(**options):
-        updates = merged("distill", speaking, **options)
+        updates = merged("distill", (base, adapters, texts), **options)
         named = {f"{module}.weight": update for module, update in updates.items()}
         return sum(own.divergence for own in score(singles, named, answers).values())
 
@@ -266,3 +269,25 @@ def test_few_and_long_texts_are_told(speaking, tmp_path, caplog):
     context = load_model(base).config.max_position_embeddings
     assert f"code: 3 of 3 texts are longer than the model's context of {context} tokens" in caplog.text
     assert "its 4 texts have" in caplog.text and "w14" not in caplog.text
+
+
+@pytest.mark.parametrize("method", GUIDED)
+def test_a_model_in_memory_reads_the_texts(method, speaking):
+    base, adapters, texts = speaking
+    options = {"steps": 3} if method == "distill" else {"rank": 3}
+    model = PeftModel.from_pretrained(load_model(base, dtype=torch.float32), adapters[0], adapter_name="math")
+    model.load_adapter(adapters[1], adapter_name="code")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    add_merged_adapter(
+        model, ["math", "code"], "both", method=method, examples=texts, tokenizer=tiny_tokenizer(), **options
+    )
+    now = model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    model.set_adapter("both")
+    found = merged(method, speaking, **options)
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    want = found["model.layers.1.self_attn.q_proj"].dense()
+    assert relative_error(layer.get_delta_weight("both"), want) < 1e-3
+    with pytest.raises(InputError, match="has no tokenizer: give tokenizer="):
+        add_merged_adapter(model, ["math", "code"], "again", method=method, examples=texts, **options)
