@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
     save_tokenizer(base)
     for seed, name in enumerate(("math", "code", "safety", "roleplay")):
         save_adapter(base, folder / "adapters" / name, seed=seed, target_modules="all-linear")
+    shutil.copytree(ROOT / "examples/texts", folder / "texts")
     tuned = shutil.copytree(base, folder / "path/to/finetuned")
     from safetensors.torch import save_file
 

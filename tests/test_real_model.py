@@ -50,11 +50,14 @@ def test_recipe(name, base, tmp_path, monkeypatch):
     document = yaml.safe_load((ROOT / f"yaml_examples/{name}.yml").read_text())
     parameters = document.get("parameters", {})
     default = parameters.pop("weight", 1.0)
+    texts = [m.get("parameters", {}).get("examples") for m in document["models"]]
     weights = [m.get("parameters", {}).get("weight", default) for m in document["models"]]
     result = run("mergekit-yaml", f"yaml_examples/{name}.yml", tmp_path / "out", "--quiet")
     assert result.returncode == 0, result.stderr
     merged = load_file(tmp_path / "out/model.safetensors")
     assert merged.keys() == base.keys()
+    if any(texts):
+        parameters["examples"] = texts
     updates = expected(document["merge_method"], weights, **parameters)
     assert len(updates) == 60
     for tensor, W in base.items():

@@ -201,7 +201,12 @@ def _space_row(space: Space) -> tuple[str, ...]:
 
 
 def _needs(method: Method) -> str:
-    needs = (("base weights", method.attention), ("equal ranks", method.equal_ranks))
+    needs = (
+        ("base weights", method.attention),
+        ("equal ranks", method.equal_ranks),
+        ("texts", method.needs_texts),
+        ("texts or statistics of them", bool(method.guided) and not method.needs_texts),
+    )
     return ", ".join(what for what, needed in needs if needed) or "-"
 
 

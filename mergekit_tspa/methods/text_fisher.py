@@ -26,7 +26,7 @@ class FisherParameters(TextParameters):
     rank: int | None = Field(
         None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD"
     )
-    exact: Literal["auto", "true", "false"] = Field(
+    exact: bool | Literal["auto"] = Field(
         "auto", description="entry by entry, or from the sides of the gradients; `auto`: exact up to 2 GiB"
     )
 
@@ -36,7 +36,7 @@ def measure_fisher(inputs: Sequence[TensorInputs], readings: Readings) -> Mappin
     p = text_parameters(inputs)
     assert isinstance(p, FisherParameters)
     size = sum(4 * len(w.factors) * w.factors[0].shape[0] * w.factors[0].shape[1] for w in inputs)
-    exact = p.exact == "true" or (p.exact == "auto" and size <= EXACT_UP_TO)
+    exact = size <= EXACT_UP_TO if p.exact == "auto" else bool(p.exact)
     found = squared_gradients(
         readings.singles, readings.written, exact, readings.how.batch_tokens, readings.progress
     )

@@ -163,7 +163,7 @@ def test_fisher_is_the_formula_on_squared_gradients_of_peft_s_models(speaking):
 def test_fisher_from_the_sides_of_gradients(conv1d):
     """The rank-one form, on the sides that the exact one is made of."""
     base, paths, texts = conv1d
-    found = merged("fisher", conv1d, exact="false")
+    found = merged("fisher", conv1d, exact=False)
     singles = singles_of(base, paths)
     examples = {path.name: encoded(base, file) for path, file in zip(paths, texts)}
     gradients = squared_gradients(singles, examples, exact=False)
