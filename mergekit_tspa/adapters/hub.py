@@ -34,7 +34,7 @@ def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None
 def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
     """Whether a directory or hub repository holds an adapter and no model."""
     directory = Path(os.path.expanduser(path))
-    if directory.is_dir():
+    if os.path.isdir(directory):  # False also of a name that is too long for the file system
         return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").exists()
     if not _may_be_repository(path):
         return False
@@ -52,7 +52,7 @@ def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = N
 def is_model(path: str) -> bool:
     """Whether a directory holds a full model."""
     directory = Path(os.path.expanduser(path))
-    return (directory / "config.json").is_file() and not (directory / CONFIG_FILE).exists()
+    return os.path.isfile(directory / "config.json") and not os.path.exists(directory / CONFIG_FILE)
 
 
 def base_of_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:

@@ -1,6 +1,7 @@
 """Reading files of which nothing is trusted, and writing files that are whole or not there."""
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -16,6 +17,19 @@ from mergekit_tspa.errors import InputError
 # Without brackets, because `name[3]` means expert 3 of a fused tensor.
 _TENSOR_NAME = re.compile(r"[^\[\]\x00-\x1f]{1,1000}")
 _POINTER = b"version https://git-lfs"  # how every pointer begins
+
+
+def path_of(given: Any, what: str) -> str:
+    """
+    Args:
+        what: it is the path of
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(given, str | os.PathLike) or not str(given) or "\0" in str(given):
+        raise InputError(f"{what} must be a path, not {given!r}; for the current directory give '.'")
+    return str(os.fspath(given))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -255,6 +255,7 @@ CONFIG_REFUSALS = {
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "rank": ({"r": 16}, "rank 4 but adapter_config.json says r = 16"),
     "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
+    "a number as text": ({"r": "4"}, "r is '4': Input should be a valid integer"),
 }
 
 
@@ -295,6 +296,7 @@ TENSOR_REFUSALS = {
     "integers": ({f"{M}.lora_A.weight": A.to(torch.int8), f"{M}.lora_B.weight": B}, "int8"),
     "NaN": ({f"{M}.lora_A.weight": A, f"{M}.lora_B.weight": B / 0 * 0}, r"q_proj\.lora_B.*NaN"),
     "Inf": ({f"{M}.lora_A.weight": A / 0, f"{M}.lora_B.weight": B}, r"q_proj\.lora_A.*NaN or Inf"),
+    "huge": ({f"{M}.lora_A.weight": A.double() * 1e200, f"{M}.lora_B.weight": B}, "beyond float32"),
     "two adapters": ({f"{M}.lora_A.x.weight": A, f"{M}.lora_B.y.weight": B}, "several adapters"),
 }
 
