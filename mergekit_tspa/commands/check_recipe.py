@@ -15,8 +15,8 @@ from mergekit_tspa.plugin.compat import (
     add_merge_options,
     registered_methods,
 )
-from mergekit_tspa.plugin.dry_run import attempt, check, read_documents
-from mergekit_tspa.plugin.recipe import unknown_keys
+from mergekit_tspa.plugin.dry_run import attempt, check
+from mergekit_tspa.plugin.recipe_file import read_documents, unknown_keys
 
 
 @click.command(

@@ -12,7 +12,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.gather import inspect_adapters
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
-from mergekit_tspa.plugin.recipe import read_recipe
+from mergekit_tspa.plugin.recipe_file import read_recipe
 from mergekit_tspa.progress import Bar
 
 _REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing else needs

@@ -10,7 +10,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.adapter_output import write_merged_adapter
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.output import held
-from mergekit_tspa.plugin.recipe import read_recipe
+from mergekit_tspa.plugin.recipe_file import read_recipe
 
 
 @click.command(

@@ -107,8 +107,10 @@ def _check_layers(
         for source in (source for part in parts for source in part.sources):
             start, end = source.layer_range
             if not 0 <= start < end <= count:
+                hint = "" if start < end else "; the second number is the first layer that is left out"
                 raise InputError(
                     f"layer_range [{start}, {end}] of {source.model}: {config.base_model} has {count} layers"
+                    + hint
                 )
 
 

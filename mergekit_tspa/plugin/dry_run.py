@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
@@ -38,8 +37,10 @@ from mergekit_tspa.plugin.compat import (
 )
 from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import PlannedRecipe, merge_of
-from mergekit_tspa.plugin.recipe import complete, sources, validation_faults
+from mergekit_tspa.plugin.recipe import complete, sources
+from mergekit_tspa.plugin.recipe_file import faults_of
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
+from mergekit_tspa.plugin.spelling import UnreadableRecipe
 
 T = TypeVar("T")
 
@@ -194,8 +195,8 @@ def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:
         return call()
     except InputError as error:
         problems.append(error.message)
-    except ValidationError as error:
-        problems += [f"{what}: {fault}" for fault in validation_faults(error)]
+    except (ValidationError, UnreadableRecipe) as error:
+        problems += [f"{what}: {fault}" for fault in faults_of(error)]
     except Exception as error:  # mergekit, transformers and the hub raise a dozen unrelated types
         problems.append(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     return None
@@ -211,16 +212,3 @@ def _collected(warnings: list[str]) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-
-
-def read_documents(file: Path) -> list[dict]:
-    """The recipes of a file, one or, for `mergekit-multi`, several."""
-    try:
-        documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}; name a file with a recipe") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: not readable as YAML ({error})") from error
-    if not documents or not all(isinstance(document, dict) for document in documents):
-        raise InputError(f"{file}: holds no recipe, which is a mapping with merge_method and models")
-    return documents
