@@ -6,6 +6,7 @@ import click
 import torch
 from rich.console import Console
 
+from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import PLANNING, MergeCommand
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.table import find
@@ -22,7 +23,7 @@ from mergekit_tspa.plugin.recipe_file import read_documents, unknown_keys
 @click.command(
     "check", cls=MergeCommand, matters=(*PLANNING, "out_shard_size", "safe_serialization", "num_threads")
 )
-@click.argument("config_file", type=click.Path(path_type=Path))
+@click.argument("config_file", type=NamedPath(path_type=Path))
 @add_merge_options
 @click.pass_context
 def main(context: click.Context, merge_options: MergeOptions, config_file: Path) -> None:

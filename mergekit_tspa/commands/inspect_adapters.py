@@ -1,5 +1,6 @@
 """`mergekit-tspa inspect`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -49,7 +50,7 @@ def main(
 
     merge_options.apply_global_options()
     check_out(out)
-    recipes = [path for path in inputs if Path(path).is_file() or path.endswith((".yml", ".yaml"))]
+    recipes = [path for path in inputs if os.path.isfile(path) or path.endswith((".yml", ".yaml"))]
     if layers and not recipes:
         raise InputError(
             "--layers: adapters alone are measured on all layers; it is for the merge of a recipe"

@@ -297,7 +297,7 @@ def load_adapter(
     elif is_model(path := os.fspath(given)):
         if base is None:
             raise InputError(
-                f"{path}: it is a full model; give the base whose difference to it is merged (base=)"
+                f"{path}: it is a full model; give the base whose difference to it is merged (base=, --base)"
             )
         adapter = extract_adapter(path, ModelTensors.of(path, Checkpoint(path)), base, extraction)
         return adapter, adapter.tensors

@@ -237,9 +237,10 @@ def _plan_in_memory(original: Hook, planner: compat.MergePlanner) -> list[compat
 def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -> list[compat.Task]:
     if not _ours(planner.config.merge_method):
         return original(planner, out_path)
-    from mergekit_tspa.plugin.output import begin_model
+    from mergekit_tspa.plugin.output import begin_model, weights_in
     from mergekit_tspa.plugin.planning import log_task, merge_of, record_tasks
     from mergekit_tspa.plugin.recipe import check_output
+    from mergekit_tspa.plugin.tasks import ClearEarlier, EarlierWeights
 
     check_output(Path(out_path), planner.config)
     tasks = original(planner, out_path)
@@ -247,6 +248,8 @@ def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -
     (finish,) = (task for task in tasks if isinstance(task, compat.FinalizeModel))
     merge = merge_of(planner)
     tasks += [log_task(merge, finish), *record_tasks(merge, out_path)]
+    earlier = EarlierWeights(Path(out_path), weights_in(Path(out_path)))
+    tasks.append(ClearEarlier(finish=finish, earlier=earlier))
     if (planner.config.parameters or {}).get("adapter") is True:
         from mergekit_tspa.plugin.adapter_output import adapter_task
 
