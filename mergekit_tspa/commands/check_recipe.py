@@ -16,7 +16,7 @@ from mergekit_tspa.plugin.compat import (
     add_merge_options,
     registered_methods,
 )
-from mergekit_tspa.plugin.dry_run import attempt, check
+from mergekit_tspa.plugin.dry_run import attempt, check, stage_problems
 from mergekit_tspa.plugin.recipe_file import read_documents, unknown_keys
 
 
@@ -37,13 +37,14 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
     console = Console(markup=False, highlight=False)
     documents = read_documents(config_file)
     names = [document.pop("name", None) for document in documents]
-    problems, foreign = [], []
+    problems, foreign, stages = [], [], []
     for name, document in zip(names, documents):
         place = f"{name or 'final merge'}: " if len(documents) > 1 else ""
         found: list[str] = []
+        others = {other for other in names if isinstance(other, str) and other != name}
         config = attempt(found, config_file, lambda: MergeConfiguration.model_validate(document))  # noqa: B023
         if config and config.merge_method in METHODS:
-            report = check(config, merge_options, {*names} - {None, name})
+            report = check(config, merge_options, others)
             report.warnings = [*unknown_keys(document), *report.warnings]
             console.print(place, end="")
             report.print(console)
@@ -55,6 +56,8 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
         elif config:
             attempt(found, config_file, lambda: find(config.merge_method))  # noqa: B023
         problems += [place + problem for problem in found]
+        stages.append((name, config))
+    problems += stage_problems(stages) if len(stages) > 1 else ()
     if len(foreign) == len(documents):
         problems += foreign
     else:

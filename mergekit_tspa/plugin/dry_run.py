@@ -8,9 +8,10 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -118,6 +119,30 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
         *dict.fromkeys(run.warnings)
     ]  # what is seen of an adapter is said again when it is planned
     return run
+
+
+def stage_problems(stages: Sequence[tuple[Any, MergeConfiguration | None]]) -> Iterator[str]:
+    """Why `mergekit-multi` cannot order merges, each given by its name and, where it is readable, its recipe.
+
+    Args:
+        stages: the name is None for the final merge
+    """
+    names = [name for name, _ in stages]
+    if odd := [name for name in names if name is not None and not (isinstance(name, str) and name)]:
+        yield f"name {odd[0]!r}: it names a directory, so write text there, in quotes if need be"
+        return
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        name = "without a name" if twice[0] is None else f"of the name {twice[0]!r}"
+        yield f"there are several merges {name}; give each its own, only the final merge may have none"
+        return
+    needed = {
+        name: {model.model.path for model in config.referenced_models()} & {*names} if config else set()
+        for name, config in stages
+    }
+    try:
+        TopologicalSorter(needed).prepare()
+    except CycleError as error:
+        yield f"the merges need each other in a circle: {' <- '.join(map(str, error.args[1]))}"
 
 
 def _see(reference: ModelReference, fit: bool) -> SeenAdapter:

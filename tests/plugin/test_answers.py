@@ -228,6 +228,22 @@ def test_files_that_are_no_recipe(tmp_path):
     assert "holds 2 recipes, which is for mergekit-multi" in line
 
 
+@pytest.mark.parametrize(
+    "first, second, said",
+    [
+        ({}, {}, "there are several merges without a name"),
+        ({"name": "a"}, {"name": "a"}, "there are several merges of the name 'a'"),
+        ({"name": 3}, {}, "name 3: it names a directory, so write text there"),
+        ({"name": ["a"]}, {}, "name ['a']: it names a directory"),
+        ({"name": "a", "base_model": "b"}, {"name": "b", "base_model": "a"}, "each other in a circle: "),
+    ],
+)
+def test_merges_that_cannot_be_ordered(first, second, said, llama, adapters, tmp_path):
+    """mergekit-multi stops with a traceback; `check` says it."""
+    merges = [recipe("core_tsv", m.get("base_model", llama), adapters[:1]) | m for m in (first, second)]
+    assert said in answer("check", write_recipe(tmp_path / "r.yml", merges))
+
+
 def test_an_output_without_a_name(llama, adapters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = write_recipe(tmp_path / "r.yml", recipe("core_tsv", llama, adapters[:2]))
