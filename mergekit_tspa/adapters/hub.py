@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mergekit_tspa.adapters.adapter_files import CONFIG_FILE, read_config
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 
 _FILES = ["adapter_*", "adapters.safetensors"]
 
@@ -25,9 +25,9 @@ def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None
     try:
         return snapshot_download(path, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES)
     except Exception as error:  # network, authentication, missing repository: all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path}: there is no such adapter directory, and it is not to be had from the hub ({reason})"
+            f"{path}: there is no such adapter directory, and it is not to be had from the hub "
+            f"({reason_of(error)})"
         ) from error
 
 

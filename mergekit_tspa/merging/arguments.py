@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_tspa.base.geometry import AttentionGeometry
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 
 AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
 BaseLike = str | os.PathLike | Mapping[str, Tensor]
@@ -98,7 +98,6 @@ def usable(device: torch.device | str) -> torch.device:
     except (
         Exception
     ) as error:  # an AssertionError without CUDA, a RuntimeError or TypeError for other devices
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"device {str(device)!r} cannot be used here ({reason}); the default is the CPU"
+            f"device {str(device)!r} cannot be used here ({reason_of(error)}); the default is the CPU"
         ) from error

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 from mergekit_tspa.adapters import kind_of, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 from mergekit_tspa.insight.forecast import AdapterOutcome, Forecast, SeenAdapter, StoredAs
 from mergekit_tspa.insight.inspection import short_names
 from mergekit_tspa.methods import METHODS
@@ -223,7 +223,7 @@ def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:
     except (ValidationError, UnreadableRecipe) as error:
         problems += [f"{what}: {fault}" for fault in faults_of(error)]
     except Exception as error:  # mergekit, transformers and the hub raise a dozen unrelated types
-        problems.append(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        problems.append(f"{what}: {reason_of(error)}")
     return None
 
 

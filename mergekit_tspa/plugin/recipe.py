@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
-from mergekit_tspa.errors import InputError, did_you_mean
+from mergekit_tspa.errors import InputError, did_you_mean, reason_of
 from mergekit_tspa.merging.servable import LEFT_OUT
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION
@@ -257,7 +257,7 @@ def _check_tokenizers(
             key = "tokenizer" if config.tokenizer else "tokenizer_source"
             yield InputError(
                 f"{key}: {model} has no tokenizer that transformers can load "
-                f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); leave the option out"
+                f"({reason_of(error)}); leave the option out"
             )
 
 

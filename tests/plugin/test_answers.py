@@ -1,5 +1,8 @@
 """Wrong and odd inputs are answered by one sentence that says what to do."""
 
+import json
+import shutil
+
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -160,6 +163,12 @@ def test_odd_recipes(llama, adapters, tmp_path):
         assert said in answer("adapter", file, tmp_path / "out")
         result = merge(config, tmp_path / "out")
         assert result.exit_code == 1 and said in result.output and not (tmp_path / "out").exists()
+    shutil.copytree(llama, tmp_path / "odd")
+    settings = json.loads((llama / "config.json").read_text()) | {"num_hidden_layers": "2"}
+    (tmp_path / "odd/config.json").write_text(json.dumps(settings))
+    config = recipe("core_tsv", tmp_path / "odd", adapters[:2])
+    said = answer("adapter", write_recipe(tmp_path / "r.yml", config), tmp_path / "out")
+    assert "Validation error for field 'num_hidden_layers': " in said and "int" in said
     config = sliced(llama, of(one, 0, 2), of(two, 0, 2), base_model=f"{llama}/.")  # the same base
     assert merge(config, tmp_path / "out").exit_code == 0
 
