@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -329,6 +330,19 @@ def test_damaged_files(adapters, tmp_path):
         read_adapter(adapter)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"no adapter_config.json"):
+        read_adapter(adapter)
+
+
+def test_a_file_that_may_not_be_read(adapters, tmp_path, monkeypatch):
+    """Of which safetensors says that it is not there; root may read everything, so it is acted here."""
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: you may not read it"):
         read_adapter(adapter)
 
 
