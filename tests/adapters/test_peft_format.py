@@ -338,8 +338,12 @@ def test_a_file_that_may_not_be_read(adapters, tmp_path, monkeypatch):
     adapter = shutil.copytree(adapters[0], tmp_path / "a")
     (adapter / "adapter_model.safetensors").write_bytes(b"")
 
-    def refuse(self, *_, **__):
-        raise PermissionError(13, "Permission denied")
+    opened = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"adapter_model.safetensors: you may not read it"):
