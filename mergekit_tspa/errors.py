@@ -31,3 +31,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?`, or nothing where no known name is similar."""
     near = nearest(name, known)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what another library says, and the second where the first ends in a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

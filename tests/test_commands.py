@@ -149,6 +149,39 @@ def test_own_commands():
     assert unknown.exit_code == 1 and "core_tsv" in unknown.output
 
 
+@pytest.mark.parametrize("command", ["yaml", "check", "adapter", "inspect"])
+@pytest.mark.parametrize(
+    "option, value, said",
+    [
+        ("--out-shard-size", "1.5K", "'1.5K' is no number of parameters; write 500000, 500K"),
+        ("--out-shard-size", "", "'' is no number of parameters"),
+        ("--num-threads", "0", "0 is not in the range 1<=x"),
+        ("--num-threads", "1000000", "1000000 is not in the range"),
+        ("--random-seed", "-1", "-1 is not in the range 0<=x"),
+        ("--random-seed", str(2**32), "is not in the range"),
+    ],
+)
+def test_values_of_options(command, option, value, said, llama, adapters, tmp_path):
+    file = write_recipe(tmp_path / "r.yml", recipe("core_tsv", llama, adapters))
+    out = {"yaml": [tmp_path / "out"], "adapter": [tmp_path / "out"], "inspect": ["--out", tmp_path / "out"]}
+    arguments = [command, file, *out.get(command, []), option, value]
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
+    assert result.exit_code == 2 and said in result.output and not (tmp_path / "out").exists()
+
+
+def test_what_the_system_refuses(tmp_path):
+    """In one sentence, where mergekit's own command shows a traceback."""
+    name = "a" * 300
+    for arguments in (["yaml", "none.yml", "out"], ["adapter", name, "out"], ["inspect", "a", "--out", name]):
+        result = CliRunner().invoke(main, arguments, env={"COLUMNS": "1000"})
+        assert isinstance(result.exception, SystemExit)
+        assert re.search("Error: .*(No such file|File name too long|does not exist)", result.output)
+
+
+def test_a_terminal_of_no_width():
+    assert "core_" in CliRunner().invoke(main, ["methods"], env={"COLUMNS": "0"}).output
+
+
 def test_kept_table():
     """After a change of the method table: `python -m mergekit_tspa.commands.method_table`."""
     assert method_table.kept() == method_table.made()

@@ -241,17 +241,26 @@ def test_refusals(model):
         ((["a", "b"], "new", [1]), "one weight per adapter"),
         ((["a", "b"], "new", [0, 0]), "nothing to merge"),
         (([], "new"), "no adapters to merge"),
+        ((["a", "b"], 3), "3 cannot name an adapter"),
+        ((None, "new"), "list of different names, not None"),
+        (([["a"]], "new"), "list of different names"),
+        (({"a": 0.5, "b": 1}, "new"), "list of different names"),
+        ((["a", "b"], "new", None, ["core_tsv"]), "no method"),
     ]:
         with pytest.raises(InputError, match=message):
             add_merged_adapter(model, *arguments)
     with pytest.raises(InputError, match="no parameter 'rang'"):
         add_merged_adapter(model, ["a", "b"], "new", rang=3)
+    with pytest.raises(InputError, match="device: it is that of the model"):
+        add_merged_adapter(model, ["a", "b"], "new", device="cpu")
+    with pytest.raises(InputError, match="geometry: it is that of the model"):
+        add_merged_adapter(model, ["a", "b"], "new", method="tspa", geometry=3)
     assert_still(before, model)
     model.merge_adapter(["c"])
     with pytest.raises(InputError, match="unmerge_adapter"):
         add_merged_adapter(model, ["a", "b"], "new")
     model.unmerge_adapter()
-    add_merged_adapter(model, ["a", "b"], "new")
+    add_merged_adapter(model, (name for name in "ab"), "new")
 
 
 def test_models_without_lora(llama):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from mergekit_tspa import InputError, MergedAdapters, merge_adapters, read_adapter
 from tests.conftest import base_tensors, peft_merged, relative_error, save_adapter
 
+B = torch.ones(2, 1)
+
 
 def factors(rank=2):
     torch.manual_seed(rank)
@@ -53,7 +55,59 @@ REFUSED = {
     "weights": (lambda: merge_adapters("core_tsv", [factors()], 0.5), "weights must be a sequence"),
     "truth values": (lambda: merge_adapters("core_tsv", [factors()], [True]), "weights must be numbers"),
     "vectors": (lambda: merge_adapters("core_tsv", [factors()], [torch.ones(1)]), "weights must be numbers"),
+    "weights without order": (lambda: merge_adapters("core_tsv", [factors()], {1.0}), "must be a sequence"),
+    "weights of bytes": (lambda: merge_adapters("core_tsv", [factors()], b"a"), "weights must be a sequence"),
+    "a huge weight": (lambda: merge_adapters("core_tsv", [factors()], [10**400]), "that fit a float"),
+    "weight=": (lambda: merge_adapters("core_tsv", [factors()], weight=2), "weight: give weights="),
+    "adapters without order": (lambda: merge_adapters("core_tsv", {"a", "b"}, [1, 2]), "which has no order"),
+    "two lambdas": (
+        lambda: merge_adapters("core_tsv", [factors()], lambda_=1, **{"lambda": 2}),
+        "lambda and lambda_ are the same parameter",
+    ),
+    "rank": (
+        lambda: merge_adapters("core_tsv", [factors()], rank=True),
+        "parameter rank: True: true and yes",
+    ),
+    "lambda": (lambda: merge_adapters("core_tsv", [factors()], lambda_=True), "parameter lambda: True"),
+    "seed": (lambda: merge_adapters("lora_dare_ties", [factors()], seed=True), "parameter seed: True"),
     "a base": (lambda: merge_adapters("core_tsv", [factors()], base=7), "base must be a directory"),
+    "a base of numbers": (
+        lambda: merge_adapters("core_tsv", [factors()], base={"x": 3}),
+        "'x' has int there",
+    ),
+    "a geometry": (
+        lambda: merge_adapters("core_tsv", [factors()], geometry=3),
+        "must be an AttentionGeometry",
+    ),
+    "progress": (
+        lambda: merge_adapters("core_tsv", [factors()], progress=None),
+        "progress must be a function",
+    ),
+    "the device meta": (
+        lambda: merge_adapters("core_tsv", [factors()], device="meta"),
+        "cannot be used here",
+    ),
+    "a device without name": (lambda: merge_adapters("core_tsv", [factors()], device=""), "cannot be used"),
+    "a NUL": (lambda: merge_adapters("core_tsv", ["a\0b"]), "adapter 0 is 'a\\x00b': give a directory"),
+    "a long name": (lambda: merge_adapters("core_tsv", ["a" * 5000]), "there is no such adapter directory"),
+    "a base of a long name": (
+        lambda: merge_adapters("core_tsv", [factors()], base="a" * 5000),
+        "no model.safe",
+    ),
+    "no name of a module": (lambda: merge_adapters("core_tsv", [{3: (B, B.T)}]), "3 is no name of a module"),
+    "an empty factor": (
+        lambda: merge_adapters("core_tsv", [{"x": (B[:, :0], B.T[:0])}]),
+        "none of them empty",
+    ),
+    "complex factors": (
+        lambda: merge_adapters("core_tsv", [{"x": (B + 0j, B.T)}]),
+        "a factor of x is complex",
+    ),
+    "sparse factors": (lambda: merge_adapters("core_tsv", [{"x": (B, B.T.to_sparse())}]), "sparse, of 8-bit"),
+    "8-bit factors": (lambda: merge_adapters("core_tsv", [{"x": (B.to(torch.float8_e5m2), B.T)}]), "8-bit"),
+    "an adapter without name": (lambda: read_adapter(""), "an adapter must be a path, not ''"),
+    "an adapter that is none": (lambda: read_adapter(None), "an adapter must be a path, not None"),
+    "an adapter of a long name": (lambda: read_adapter("a" * 5000), "there is no adapter directory"),
     "a method": (lambda: merge_adapters(["core_tsv"], [factors()]), "there is no method"),
 }
 
@@ -133,6 +187,7 @@ def test_base_and_dtype_of_a_saved_adapter(llama, adapters, tmp_path):
     merged = merge_adapters("core_tsv", half)
     assert isinstance(merged, MergedAdapters)
     assert saved(merged, base="user/base") == ("user/base", {torch.bfloat16})
+    assert saved(merged, base=llama) == (str(llama), {torch.bfloat16})
     assert saved(merged, base="user/base", dtype=torch.float16) == ("user/base", {torch.float16})
     with pytest.raises(InputError, match="give base="):
         merged.save_adapter(tmp_path / "out")
@@ -163,6 +218,20 @@ def test_what_cannot_be_saved_as_an_adapter(llama, adapters, tmp_path):
     assert not (tmp_path / "out").exists()
 
     merged = merge_adapters("core_tsv", adapters)
+    for path in ("", None, "a\0b"):
+        with pytest.raises(InputError, match="the adapter must be a path"):
+            merged.save_adapter(path)
+    with pytest.raises(InputError, match="base must be a path, not 3"):
+        merged.save_adapter(tmp_path / "out", base=3)
+    with pytest.raises(InputError, match="File name too long"):
+        merged.save_adapter(tmp_path / ("a" * 300))
+    with pytest.raises(InputError, match="16 bits or more"):
+        merged.save_adapter(tmp_path / "out", dtype=torch.float8_e4m3fn)
+    emptied = merge_adapters("core_tsv", adapters)
+    emptied.clear()
+    with pytest.raises(InputError, match="no update left"):
+        emptied.save_adapter(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     own = shutil.copytree(adapters[0], tmp_path / "own")
     with pytest.raises(InputError, match="one of the merged adapters"):
         merge_adapters("core_tsv", [own]).save_adapter(own)

@@ -28,6 +28,8 @@ class Adapter:
     def from_factors(cls, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> "Adapter":
         """An adapter from `{module: (B, A)}` with the scale folded in."""
         for module, pair in factors.items():
+            if not isinstance(module, str) or not module:
+                raise InputError(f"{name}: {module!r} is no name of a module")
             if not (
                 isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(f, Tensor) for f in pair)
             ):
@@ -35,10 +37,15 @@ class Adapter:
                     f"{name}: {module} has {type(pair).__name__} where a pair of tensors (B, A) is expected"
                 )
             B, A = pair
-            if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
+            if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.numel() or not A.numel():
                 raise InputError(
                     f"{name}: factors of {module} have shapes {tuple(B.shape)} and {tuple(A.shape)}; "
-                    "expected B (d_out, r) and A (r, d_in)"
+                    "expected B (d_out, r) and A (r, d_in), none of them empty"
+                )
+            if not all(_holds_numbers(factor) for factor in pair):
+                raise InputError(
+                    f"{name}: a factor of {module} is complex, sparse, of 8-bit floats or on the device "
+                    "meta; expected a dense tensor of real values"
                 )
             if not (torch.isfinite(B).all() and torch.isfinite(A).all()):
                 raise InputError(f"{name}: a factor of {module} contains NaN or Inf")
@@ -172,3 +179,9 @@ class Adapter:
             )
         changes = {name: change for name, change in self.changes.items() if name != head}
         return changes | {tensor: trained for tensor in base.shapes if tensor.endswith(HEADS)}
+
+
+def _holds_numbers(factor: Tensor) -> bool:
+    """Whether these are plain real numbers."""
+    small = factor.is_floating_point() and factor.dtype.itemsize == 1
+    return factor.layout == torch.strided and not (factor.is_complex() or factor.is_meta or small)

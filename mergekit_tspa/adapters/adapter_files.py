@@ -1,5 +1,6 @@
 """The files of an adapter.  Nothing in them is trusted."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def read_config(directory: Path, name: str) -> dict[str, Any]:
         InputError: there is none, or it holds no JSON object.
     """
     file = directory / CONFIG_FILE
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False also of a name that is too long for the file system
         raise InputError(f"{name}: there is no adapter directory {directory}")
     if not file.is_file():
         found = [f.name for f in (*directory.glob("adapter*.safetensors"), *directory.glob("adapter*.bin"))]
@@ -46,7 +47,7 @@ def check_config(config: Mapping[str, Any], keys: type[BaseModel], directory: Pa
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:200]
         message = (
-            f"{where} is {str(first['input'])[:80]}: {first['msg']}" if first["type"] != "missing" else where
+            f"{where} is {repr(first['input'])[:80]}: {first['msg']}" if first["type"] != "missing" else where
         )
         raise InputError(
             f"{directory / CONFIG_FILE}: {'no ' if first['type'] == 'missing' else ''}{message}; save the "
@@ -100,7 +101,10 @@ def check_values(tensor: Tensor, key: str, file: Path) -> None:
             "values of 16 bits or more are expected"
         )
     if not torch.isfinite(tensor.float()).all():
-        raise InputError(f"{file}: {key} contains NaN or Inf; the training diverged or the file is damaged")
+        raise InputError(
+            f"{file}: {key} contains NaN or Inf, or values beyond float32; the training diverged or the file "
+            "is damaged"
+        )
 
 
 def as_matrices(B: Tensor, A: Tensor, module: str, file: Path) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from mergekit_tspa.adapters.adapter_files import CONFIG_FILE, read_config
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 
 _FILES = ["adapter_*", "adapters.safetensors"]
 
@@ -25,16 +25,16 @@ def locate_adapter(path: str, revision: str | None = None, cache_dir: str | None
     try:
         return snapshot_download(path, revision=revision, cache_dir=cache_dir, allow_patterns=_FILES)
     except Exception as error:  # network, authentication, missing repository: all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path}: there is no such adapter directory, and it is not to be had from the hub ({reason})"
+            f"{path}: there is no such adapter directory, and it is not to be had from the hub "
+            f"({reason_of(error)})"
         ) from error
 
 
 def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> bool:
     """Whether a directory or hub repository holds an adapter and no model."""
     directory = Path(os.path.expanduser(path))
-    if directory.is_dir():
+    if os.path.isdir(directory):  # False also of a name that is too long for the file system
         return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").exists()
     if not _may_be_repository(path):
         return False
@@ -52,7 +52,7 @@ def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = N
 def is_model(path: str) -> bool:
     """Whether a directory holds a full model."""
     directory = Path(os.path.expanduser(path))
-    return (directory / "config.json").is_file() and not (directory / CONFIG_FILE).exists()
+    return os.path.isfile(directory / "config.json") and not os.path.exists(directory / CONFIG_FILE)
 
 
 def base_of_adapter(path: str, revision: str | None = None, cache_dir: str | None = None) -> str | None:

@@ -8,6 +8,7 @@ from mergekit_tspa.adapters.adapter_files import read_config
 from mergekit_tspa.adapters.kinds import MLX, label_of
 from mergekit_tspa.adapters.mlx_format import read_mlx
 from mergekit_tspa.adapters.peft_format import read_peft
+from mergekit_tspa.base.files import path_of
 
 
 def kind_of(directory: str | os.PathLike[str]) -> str:
@@ -21,6 +22,6 @@ def read_adapter(path: str | os.PathLike[str], name: str | None = None) -> Adapt
     Raises:
         InputError: files are missing or damaged, or the adapter is of a kind that cannot be merged.
     """
-    directory, name = Path(path), name or str(path)
+    directory, name = Path(path_of(path, "an adapter")), name or str(path)
     config = read_config(directory, name)
     return (read_mlx if MLX.flag in config else read_peft)(directory, config, name)

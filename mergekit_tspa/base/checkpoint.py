@@ -1,5 +1,6 @@
 """A base checkpoint on disk as a mapping of tensors that are read when asked for."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -35,12 +36,12 @@ class Checkpoint(Mapping[str, Tensor]):
     def _index(self, names: Sequence[str]) -> dict[str, Path]:
         for name in names:
             index, single = self.directory / f"{name}.index.json", self.directory / name
-            if index.is_file():
+            if os.path.isfile(index):  # False also of a name that is too long for the file system
                 files = read_json(index).get("weight_map")
                 if not isinstance(files, dict):
                     raise InputError(f"{index}: has no weight_map; copy or save the checkpoint again")
                 return {check_name(tensor, index): self._shard(file, index) for tensor, file in files.items()}
-            if single.is_file():
+            if os.path.isfile(single):
                 names = self._open(single).keys()  # of a mapping, or of safetensors' file
                 return {check_name(tensor, single): single for tensor in names}
         raise InputError(f"{self.directory}: no {' or '.join(names)} there, whole or sharded")

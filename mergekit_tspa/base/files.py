@@ -1,6 +1,7 @@
 """Reading files of which nothing is trusted, and writing files that are whole or not there."""
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -18,6 +19,19 @@ _TENSOR_NAME = re.compile(r"[^\[\]\x00-\x1f]{1,1000}")
 _POINTER = b"version https://git-lfs"  # how every pointer begins
 
 
+def path_of(given: Any, what: str) -> str:
+    """
+    Args:
+        what: it is the path of
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(given, str | os.PathLike) or not str(given) or "\0" in str(given):
+        raise InputError(f"{what} must be a path, not {given!r}; for the current directory give '.'")
+    return str(os.fspath(given))
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """
     Raises:
@@ -26,7 +40,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        _refuse_pointer(file)
+        _refuse_other_causes(file)
         raise InputError(f"{file}: not readable as JSON ({error}); copy or save it again") from error
     if not isinstance(content, dict):
         raise InputError(f"{file}: holds a {type(content).__name__} where an object is expected")
@@ -41,21 +55,23 @@ def readable(file: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # safetensors and pickle raise a dozen unrelated types for damaged files
-        _refuse_pointer(file)
+        _refuse_other_causes(file)
         reason = str(error)[:300]
         raise InputError(
             f"{file}: damaged, truncated or missing ({reason}); copy or save it again"
         ) from error
 
 
-def _refuse_pointer(file: Path) -> None:
+def _refuse_other_causes(file: Path) -> None:
     """
     Raises:
-        InputError: Git LFS has left a pointer where the file should be.
+        InputError: Git LFS has left a pointer where the file should be, or it may not be read.
     """
     try:
         with file.open("rb") as opened:
             start = opened.read(len(_POINTER))
+    except PermissionError as error:  # safetensors says that there is no such file
+        raise InputError(f"{file}: you may not read it; change its permissions") from error
     except OSError:
         return
     if start == _POINTER:

@@ -8,7 +8,7 @@ from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand
 from mergekit_tspa.plugin.calibrate import calibrate
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
-from mergekit_tspa.plugin.recipe import read_recipe
+from mergekit_tspa.plugin.recipe_file import read_recipe
 
 
 @click.command("calibrate", cls=MergeCommand, matters=(*PLANNING, *COMPUTING, *TALKING))

@@ -6,6 +6,7 @@ import click
 import torch
 from rich.console import Console
 
+from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import PLANNING, MergeCommand
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.table import find
@@ -15,14 +16,14 @@ from mergekit_tspa.plugin.compat import (
     add_merge_options,
     registered_methods,
 )
-from mergekit_tspa.plugin.dry_run import attempt, check, read_documents
-from mergekit_tspa.plugin.recipe import unknown_keys
+from mergekit_tspa.plugin.dry_run import attempt, check, stage_problems
+from mergekit_tspa.plugin.recipe_file import read_documents, unknown_keys
 
 
 @click.command(
     "check", cls=MergeCommand, matters=(*PLANNING, "out_shard_size", "safe_serialization", "num_threads")
 )
-@click.argument("config_file", type=click.Path(path_type=Path))
+@click.argument("config_file", type=NamedPath(path_type=Path))
 @add_merge_options
 @click.pass_context
 def main(context: click.Context, merge_options: MergeOptions, config_file: Path) -> None:
@@ -36,13 +37,14 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
     console = Console(markup=False, highlight=False)
     documents = read_documents(config_file)
     names = [document.pop("name", None) for document in documents]
-    problems, foreign = [], []
+    problems, foreign, stages = [], [], []
     for name, document in zip(names, documents):
         place = f"{name or 'final merge'}: " if len(documents) > 1 else ""
         found: list[str] = []
+        others = {other for other in names if isinstance(other, str) and other != name}
         config = attempt(found, config_file, lambda: MergeConfiguration.model_validate(document))  # noqa: B023
         if config and config.merge_method in METHODS:
-            report = check(config, merge_options, {*names} - {None, name})
+            report = check(config, merge_options, others)
             report.warnings = [*unknown_keys(document), *report.warnings]
             console.print(place, end="")
             report.print(console)
@@ -54,6 +56,8 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
         elif config:
             attempt(found, config_file, lambda: find(config.merge_method))  # noqa: B023
         problems += [place + problem for problem in found]
+        stages.append((name, config))
+    problems += stage_problems(stages) if len(stages) > 1 else ()
     if len(foreign) == len(documents):
         problems += foreign
     else:

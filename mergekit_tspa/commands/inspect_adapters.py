@@ -1,5 +1,6 @@
 """`mergekit-tspa inspect`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -12,7 +13,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.gather import inspect_adapters
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
-from mergekit_tspa.plugin.recipe import read_recipe
+from mergekit_tspa.plugin.recipe_file import read_recipe
 from mergekit_tspa.progress import Bar
 
 _REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing else needs
@@ -49,7 +50,7 @@ def main(
 
     merge_options.apply_global_options()
     check_out(out)
-    recipes = [path for path in inputs if Path(path).is_file() or path.endswith((".yml", ".yaml"))]
+    recipes = [path for path in inputs if os.path.isfile(path) or path.endswith((".yml", ".yaml"))]
     if layers and not recipes:
         raise InputError(
             "--layers: adapters alone are measured on all layers; it is for the merge of a recipe"

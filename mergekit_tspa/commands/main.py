@@ -1,9 +1,12 @@
 """`mergekit-tspa`: mergekit's own commands with the plugin loaded for certain, and the method table."""
 
+import errno
 import gc
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -55,6 +58,14 @@ class _Commands(click.Group):
             gc.freeze()
             gc.enable()
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:  # a file that is not there, a name that is too long, a full disk
+            if error.errno == errno.EPIPE:  # nobody reads on, as after `| head`; click ends quietly
+                raise
+            raise click.ClickException(str(error)) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [*_STOCK.items(), *((name, what) for name, (_, what) in _OWN.items())]
         rows += [(name, command.get_short_help_str()) for name, command in self.commands.items()]
@@ -70,7 +81,11 @@ def _load(name: str) -> click.Command:
     from mergekit_tspa.plugin import compat
 
     if name in _STOCK:
-        return compat.stock_command(name)
+        from mergekit_tspa.commands.options import check_values
+
+        command = compat.stock_command(name)
+        check_values(command.params)
+        return command
     compat.require()
     module, _ = _OWN[name]
     return import_module(module).main
@@ -80,6 +95,8 @@ def _load(name: str) -> click.Command:
 @click.version_option(mergekit_tspa.__version__, prog_name="mergekit-tspa")
 def main() -> None:
     """LoRA-native merge methods for mergekit."""
+    if os.environ.get("COLUMNS") == "0":  # as some terminals say that do not know; nothing would be printed
+        del os.environ["COLUMNS"]
     for stream in (sys.stdout, sys.stderr):  # a terminal may lack letters of names and tables
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -10,7 +10,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.adapter_output import write_merged_adapter
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.output import held
-from mergekit_tspa.plugin.recipe import read_recipe
+from mergekit_tspa.plugin.recipe_file import read_recipe
 
 
 @click.command(
@@ -18,7 +18,7 @@ from mergekit_tspa.plugin.recipe import read_recipe
     cls=MergeCommand,
     matters=(*PLANNING, *COMPUTING, *TALKING, "lazy_unpickle", "gpu_rich", "multi_gpu", "read_to_gpu"),
 )
-@click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("config_file", type=NamedPath(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=NamedPath(file_okay=False, path_type=Path))
 @add_merge_options
 def main(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:

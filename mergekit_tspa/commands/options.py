@@ -14,6 +14,38 @@ COMPUTING = ("cuda", "device", "num_threads")
 TALKING = ("verbosity", "quiet")
 
 
+class _ShardSize(click.ParamType):
+    """mergekit's own type of `--out-shard-size`, which shows a traceback for other values."""
+
+    name = "size"
+
+    def __init__(self, own: click.ParamType):
+        self.own = own
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number of parameters."""
+        try:
+            return self.own.convert(value, param, ctx)
+        except (ValueError, IndexError):
+            self.fail(f"{value!r} is no number of parameters; write 500000, 500K, 500M or 5B", param, ctx)
+
+
+# Options whose values mergekit does not check.
+_RANGES = {
+    "num_threads": click.IntRange(1, 4096),
+    "random_seed": click.IntRange(0, 2**32 - 1),  # of numpy
+}
+
+
+def check_values(parameters: Sequence[click.Parameter]) -> None:
+    """Let options of mergekit refuse values with which it would stop in a traceback."""
+    for parameter in parameters:
+        if parameter.name == "out_shard_size" and not isinstance(parameter.type, _ShardSize):
+            parameter.type = _ShardSize(parameter.type)
+        else:
+            parameter.type = _RANGES.get(parameter.name or "", parameter.type)
+
+
 class MergeCommand(Command):
     """Takes all options of mergekit-yaml, so that its command line can be repeated; explains what matters.
 
@@ -24,6 +56,7 @@ class MergeCommand(Command):
     def __init__(self, *args: Any, matters: Sequence[str], **attributes: Any):
         super().__init__(*args, **attributes)
         self.matters = frozenset(matters)
+        check_values(self.params)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options that matter, and below them the names of the others."""

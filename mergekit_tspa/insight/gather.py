@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergekit_tspa.adapters import Adapter, Extraction, kind_of, locate_adapter
+from mergekit_tspa.adapters import Adapter, Extraction, is_model, kind_of, locate_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
@@ -33,8 +33,9 @@ def inspect_adapters(
     for i, path in enumerate(paths):
         progress("reading", i / len(paths))
         directory = locate_adapter(path)
-        if (first := found.setdefault(Path(directory).resolve(), path)) is not path:
+        if first := found.get(Path(directory).resolve()):
             raise InputError(f"{path}: listed twice" + (f" ({first} is the same)" if first != path else ""))
+        found[Path(directory).resolve()] = path
         adapter, tensors = load_adapter(path, path, model, Extraction())
         needy = {
             t for t, m in tensors.items() if (part := adapter.modules[m].base_part) and part.read is None
@@ -45,7 +46,7 @@ def inspect_adapters(
             )
         adapters.append(adapter)
         touched.append({tensor: module for tensor, module in tensors.items() if tensor not in needy})
-        kinds.append(kind_of(directory))
+        kinds.append("full model" if is_model(directory) else kind_of(directory))
     weights = [1.0] * len(adapters)
     plan = plan_adapters(METHODS["lora_task_arithmetic"], Parameters(), adapters, touched, weights)
     count = f"{len(adapters)} adapters" if len(adapters) > 1 else "One adapter"

@@ -1,13 +1,13 @@
 """The Python entry: merge adapters without a recipe and without mergekit."""
 
 import os
-import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mergekit_tspa.adapters import (
@@ -20,11 +20,21 @@ from mergekit_tspa.adapters import (
 )
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.base.files import read_json
+from mergekit_tspa.base.files import path_of, read_json
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
-from mergekit_tspa.calibration.readings import SELF, TextSource
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.merging.arguments import (
+    AdapterLike,
+    BaseLike,
+    TextsLike,
+    adapters_of,
+    check_base,
+    check_geometry,
+    numbers_of,
+    text_sources,
+    usable,
+)
 from mergekit_tspa.merging.bases import warn_of_different_bases, warn_of_other_bases
 from mergekit_tspa.merging.finish import MergedUpdate, finish
 from mergekit_tspa.merging.guide import Guide
@@ -36,10 +46,6 @@ from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.inputs import Parameters, Progress, silent
 from mergekit_tspa.methods.report import Report, Truncation, summary
 from mergekit_tspa.updates import LowRank
-
-AdapterLike = str | os.PathLike | Mapping[str, tuple[Tensor, Tensor]]
-TextsLike = str | os.PathLike | Sequence[Mapping[str, Any]]
-BaseLike = str | os.PathLike | Mapping[str, Tensor]
 
 
 class MergedAdapters(dict[str, MergedUpdate]):
@@ -60,7 +66,10 @@ class MergedAdapters(dict[str, MergedUpdate]):
         return f"<MergedAdapters of {len(self)} modules: {modules}>"  # not the values of all tensors
 
     def save_adapter(
-        self, path: str | os.PathLike[str], base: str | None = None, dtype: torch.dtype | None = None
+        self,
+        path: str | os.PathLike[str],
+        base: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write the merge as one PEFT adapter of scale 1 and one rank, as `mergekit-tspa adapter` does.
 
@@ -76,13 +85,15 @@ class MergedAdapters(dict[str, MergedUpdate]):
                 directly, fused experts, convolutions, dense updates without `rank`), no base is known, or
                 nothing can be written there.
         """
-        directory = Path(path)
+        directory = Path(path_of(path, "the adapter"))
         if self.plan is None:
             raise InputError(
                 "these updates are a copy, which has lost its merge: save the adapter before copying"
             )
         tensors, _ = adapter_tensors(self.plan, self.model, whole=False)
         tensors = [tensor for tensor in tensors if _module(tensor) in self]
+        if not tensors:
+            raise InputError("there is no update left to save")
         updates = {tensor.name: self[_module(tensor)] for tensor in tensors}
         bases = {adapter.base for adapter in self.plan.adapters if adapter.base}
         base = base or self.base or (bases.pop() if len(bases) == 1 else None)
@@ -90,9 +101,13 @@ class MergedAdapters(dict[str, MergedUpdate]):
             raise InputError(
                 "an adapter names its base model: give base=, its directory or its name on the hub"
             )
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        base = path_of(base, "base")
+        if dtype is not None and not (
+            isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        ):
             raise InputError(
-                f"dtype must be a floating-point dtype of torch such as torch.bfloat16, not {dtype!r}"
+                "dtype must be a floating-point dtype of torch of 16 bits or more, such as torch.bfloat16, "
+                f"not {dtype!r}"
             )
         _check_directory(directory, self.plan.adapters)
         names = {module_name(tensor): tensor for tensor in tensors}
@@ -105,7 +120,10 @@ class MergedAdapters(dict[str, MergedUpdate]):
         task_type = (
             task_type_of(read_json(config)) if (config := Path(base, "config.json")).is_file() else None
         )
-        write_adapter(directory, factors, modules, base, task_type, dtype or own_dtype(tensors))
+        try:
+            write_adapter(directory, factors, modules, base, task_type, dtype or own_dtype(tensors))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{directory}: the adapter could not be written: {error}") from error
 
 
 def _check_directory(directory: Path, adapters: Iterable[Adapter]) -> None:
@@ -113,9 +131,9 @@ def _check_directory(directory: Path, adapters: Iterable[Adapter]) -> None:
     Raises:
         InputError: an adapter must not be written there.
     """
-    if directory.exists() and not directory.is_dir():
+    if os.path.exists(directory) and not directory.is_dir():
         raise InputError(f"{directory}: it is a file; name a directory")
-    if (directory / "config.json").exists():
+    if os.path.exists(directory / "config.json"):
         raise InputError(
             f"{directory}: holds a model, and transformers would apply an adapter beside its config.json a "
             "second time; name another directory"
@@ -180,17 +198,24 @@ def merge_adapters(
     if not isinstance(method, str) or method not in METHODS:
         raise InputError(f"there is no method {method!r}; known are {', '.join(METHODS)}")
     row = METHODS[method]
-    adapters = _checked(adapters)
-    weights = [1.0] * len(adapters) if weights is None else _numbers(weights)
+    adapters = adapters_of(adapters, weighted=weights is not None)
+    weights = [1.0] * len(adapters) if weights is None else numbers_of(weights)
     if len(weights) != len(adapters):
         raise InputError(f"{len(adapters)} adapters and {len(weights)} weights: give one weight per adapter")
-    if base is not None and not isinstance(base, str | os.PathLike | Mapping):
-        raise InputError(f"base must be a directory or a mapping of tensors, not {base!r}")
-    device = _usable(device or "cpu")  # not torch's default device, where the adapters need not be
+    check_base(base)
+    check_geometry(geometry)
+    if not callable(progress):
+        raise InputError(f"progress must be a function, not {progress!r}")
+    # Not torch's default device, where the adapters need not be.
+    device = usable("cpu" if device is None else device)
     paths = [os.path.realpath(adapter) for adapter in adapters if not isinstance(adapter, Mapping)]
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
         raise InputError(f"{twice[0]}: given twice; give it once with the summed weight")
+    if "weight" in parameters:
+        raise InputError("weight: give weights=, a list with one number per adapter")
     if "lambda_" in parameters:
+        if "lambda" in parameters:
+            raise InputError("lambda and lambda_ are the same parameter: give one of them")
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)
     directory = None if base is None or isinstance(base, Mapping) else os.fspath(base)
@@ -219,58 +244,6 @@ def merge_adapters(
     merged.reports, merged.plan = summary(reports), plan
     merged.model, merged.base = tensors, directory
     return merged
-
-
-def _checked(adapters: Sequence[AdapterLike]) -> list[AdapterLike]:
-    """
-    Raises:
-        InputError: it is no sequence of adapters, or an empty one.
-    """
-    if isinstance(adapters, str | os.PathLike | Mapping):
-        raise InputError("adapters must be a sequence: put the one adapter in a list")
-    if not isinstance(adapters, Iterable):
-        raise InputError(f"adapters must be a sequence, not {adapters!r}")
-    adapters = list(adapters)
-    if not adapters:
-        raise InputError("there are no adapters to merge: give at least one")
-    for i, adapter in enumerate(adapters):
-        if not isinstance(adapter, str | os.PathLike | Mapping):
-            raise InputError(
-                f"adapter {i} is {reprlib.repr(adapter)}: give a directory, a repository of the hub, or a "
-                "mapping {module: (B, A)}"
-            )
-    return adapters
-
-
-def _numbers(weights: Iterable[Any]) -> list[float]:
-    """The weights as Python's own numbers; scalars of numpy and torch count as numbers.
-
-    Raises:
-        InputError: one of them is no real number.
-    """
-    if not isinstance(weights, Iterable):
-        raise InputError(f"weights must be a sequence with one number per adapter, not {weights!r}")
-    given = list(weights)
-    plain = [weight.item() if getattr(weight, "shape", None) == () else weight for weight in given]
-    if not all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in plain):
-        raise InputError(f"weights must be numbers, not {reprlib.repr(given)}")
-    return plain
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    """
-    Raises:
-        InputError: torch knows no such device, or this machine has none.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (
-        Exception
-    ) as error:  # an AssertionError without CUDA, a RuntimeError or TypeError for other devices
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"device {str(device)!r} cannot be used here ({reason}); the default is the CPU"
-        ) from error
 
 
 def plan_adapters(
@@ -334,46 +307,6 @@ def plan_adapters(
     )
 
 
-def text_sources(
-    adapters: Sequence[Adapter],
-    examples: TextsLike | Sequence[TextsLike | None] | None,
-    calibration: Sequence[str | os.PathLike | None] | None,
-) -> dict[Adapter, TextSource]:
-    """Where the texts of each adapter come from.
-
-    Raises:
-        InputError: not one of them per adapter, or something else than texts.
-    """
-    if isinstance(examples, str) and examples == SELF:
-        examples = [SELF] * len(adapters)
-    sources = {adapter: TextSource() for adapter in adapters}
-    for name, given in (("examples", examples), ("calibration", calibration)):
-        if given is None:
-            continue
-        if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
-            raise InputError(f"{name} must have one entry per adapter, not {reprlib.repr(given)}")
-        entries = list(given)
-        if len(entries) != len(adapters):
-            raise InputError(f"{len(adapters)} adapters and {len(entries)} {name}: give one per adapter")
-        for adapter, entry in zip(adapters, entries):
-            sources[adapter] = sources[adapter]._replace(**{name: _texts(name, entry)})
-    return sources
-
-
-def _texts(name: str, entry: Any) -> Any:
-    """
-    Raises:
-        InputError: this is no file, nor `self`, nor a list of objects.
-    """
-    if entry is None or entry == SELF:
-        return entry
-    if isinstance(entry, str | os.PathLike):
-        return Path(entry).expanduser()
-    if name == "examples" and isinstance(entry, Sequence):
-        return entry
-    raise InputError(f"{name}: give a file for each adapter, not {reprlib.repr(entry)}")
-
-
 def load_adapter(
     given: AdapterLike, name: str, base: ModelTensors | None, extraction: Extraction
 ) -> tuple[Adapter, Mapping[str, str]]:
@@ -383,7 +316,7 @@ def load_adapter(
     elif is_model(path := os.fspath(given)):
         if base is None:
             raise InputError(
-                f"{path}: it is a full model; give the base whose difference to it is merged (base=)"
+                f"{path}: it is a full model; give the base whose difference to it is merged (base=, --base)"
             )
         adapter = extract_adapter(path, ModelTensors.of(path, Checkpoint(path)), base, extraction)
         return adapter, adapter.tensors

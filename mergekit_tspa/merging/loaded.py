@@ -1,7 +1,7 @@
 """Merge adapters that are loaded in a PEFT model, by any method; PEFT's own is `add_weighted_adapter`."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -52,27 +52,27 @@ def add_merged_adapter(
         InputError: the model or an adapter is not of that kind, or `merge_adapters` refuses it.  The model
             is then as it was.
     """
-    _check(model, adapters, name)
+    adapters = _checked(model, adapters, name)
     base = model.get_base_model()
     layers = {path: layer for path, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     if any(layer.merged for layer in layers.values()):
         raise InputError("an adapter is merged into the base: call model.unmerge_adapter() first")
-    row = METHODS.get(method)
+    row = METHODS.get(method) if isinstance(method, str) else None
     if row and row.result.dense and parameters.get("rank") is None:
         raise InputError(f"{method} makes dense updates, which no adapter can hold: give rank=")
 
-    context: dict[str, Any] = {}
+    context: dict[str, Any] = {"device": next(model.parameters()).device}
     if row and (row.attention or row.guided):
         context["base"] = _tensors(base)
     if row and row.attention:
         context["geometry"] = AttentionGeometry.from_config(LoraModel.get_model_config(base))
     if row and row.guided:
         context |= {"model": base, "tokenizer": tokenizer, "examples": examples}
+    if known := sorted(context.keys() & parameters.keys()):
+        raise InputError(f"{known[0]}: it is that of the model in memory; leave it out")
     factors = [{path: _read(layer, a) for path, layer in layers.items() if _pair(layer, a)} for a in adapters]
     with _switched_off(model) if row and row.guided else nullcontext():
-        merged = merge_adapters(
-            method, factors, weights, device=next(model.parameters()).device, **context, **parameters
-        )
+        merged = merge_adapters(method, factors, weights, **context, **parameters)
     if not merged:
         raise InputError("every weight is 0: there is nothing to merge")
     # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
@@ -108,8 +108,9 @@ def _switched_off(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(was)
 
 
-def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
-    """
+def _checked(model: PeftModel, adapters: Sequence[str], name: str) -> list[str]:
+    """The names of the adapters.
+
     Raises:
         InputError: this is no LoRA model, a name does not fit it, or an adapter is more than its factors.
     """
@@ -118,17 +119,19 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
             "the model is no PeftModel with LoRA adapters: load some with PeftModel.from_pretrained"
         )
     loaded = model.peft_config
-    if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
+    listed = isinstance(adapters, Iterable) and not isinstance(adapters, str | Mapping)
+    names = list(adapters) if listed else [None]
+    if not all(isinstance(adapter, str) for adapter in names) or len(set(names)) < len(names):
         raise InputError(f"adapters must be a list of different names, not {adapters!r}")
-    if unknown := [adapter for adapter in adapters if adapter not in loaded]:
+    if unknown := [adapter for adapter in names if adapter not in loaded]:
         raise InputError(f"no adapter {unknown[0]!r} is loaded; loaded are {', '.join(loaded)}")
     if name in loaded:
         raise InputError(
             f"there is already an adapter {name!r}: take another name, or model.delete_adapter it first"
         )
-    if not name or "." in name:
-        raise InputError(f"{name!r} cannot name an adapter: it must not be empty or contain a dot")
-    for adapter in adapters:
+    if not isinstance(name, str) or not name or "." in name:
+        raise InputError(f"{name!r} cannot name an adapter: it must be text, not empty and without a dot")
+    for adapter in names:
         kinds = kinds_of(vars(loaded[adapter]))
         more = [kind.flag for kind in kinds if not kind.in_memory]
         if more:
@@ -144,6 +147,7 @@ def _check(model: PeftModel, adapters: Sequence[str], name: str) -> None:
                 adapter,
                 loaded[adapter].init_lora_weights,
             )
+    return names
 
 
 def _tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:

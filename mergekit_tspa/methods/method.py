@@ -101,11 +101,19 @@ class Method:
         if unknown:
             raise InputError(self.unknown_parameter(min(unknown)))
         try:
-            return self.parameters(**values)
+            bound = self.parameters(**values)
         except ValidationError as error:
             first = error.errors()[0]
             where = f"parameter {first['loc'][0]}: {first['input']!r}: " if first["loc"] else ""
             raise InputError(f"{self.name}: {where}{first['msg']}") from error
+        for name, field in self.parameters.model_fields.items():
+            given = values.get(field.alias or name)
+            if isinstance(given, bool) and not isinstance(getattr(bound, name), bool):
+                raise InputError(
+                    f"{self.name}: parameter {field.alias or name}: {given}: true and yes are no numbers; "
+                    "give a number"
+                )
+        return bound
 
     def extraction(self, values: Mapping[str, Any]) -> Extraction:
         """How full models become factors for this method.

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import ModelTensors
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 from mergekit_tspa.plugin.compat import (
     JsonLayerTemplates,
     JsonModuleArchDef,
@@ -49,9 +49,8 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
     except (
         Exception
     ) as error:  # not there, not reachable, damaged, unknown: transformers has many words for it
-        what = str(error).strip().splitlines()[0]
         raise InputError(
-            f"{reference}: no model, here or on the hub, whose config.json can be read: {what}"
+            f"{reference}: no model, here or on the hub, whose config.json can be read: {reason_of(error)}"
         ) from error
     if len(model_config.architectures or ()) != 1:
         raise InputError(
@@ -107,8 +106,10 @@ def _check_layers(
         for source in (source for part in parts for source in part.sources):
             start, end = source.layer_range
             if not 0 <= start < end <= count:
+                hint = "" if start < end else "; the second number is the first layer that is left out"
                 raise InputError(
                     f"layer_range [{start}, {end}] of {source.model}: {config.base_model} has {count} layers"
+                    + hint
                 )
 
 

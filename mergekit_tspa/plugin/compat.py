@@ -202,7 +202,7 @@ TAKEN = (
         "tokenizer tokenizer_source",
     ),
     Needed("mergekit.config", "OutputModuleDefinition", "models", "models parameters slices"),
-    Needed("mergekit.config", "OutputSliceDefinition", "sources", "parameters sources"),
+    Needed("mergekit.config", "OutputSliceDefinition", "sources", "base_model parameters sources"),
     Needed("mergekit.graph", "Executor", "targets math_device storage_device"),
     Needed("mergekit.graph", "Executor.run", "quiet"),
     Needed(
@@ -422,9 +422,16 @@ if not TYPE_CHECKING:
 
 
 def respell(
-    read_path: Callable[[Any], Any], read_reference: Callable[[Any], Any], written: Callable[..., Any]
+    read_path: Callable[[Any], Any],
+    read_reference: Callable[[Any], Any],
+    written: Callable[..., Any],
+    refuse: Callable[[Any, Exception], None],
 ) -> None:
-    """Let functions of ours read models from recipes and write them, in everything that has models."""
+    """Let functions of ours read models from recipes and write them, in everything that has models.
+
+    Args:
+        refuse: hears of a recipe that cannot be read, and why; it may raise what is not a `ValueError`
+    """
     path, reference = EXPORTS["ModelPath"].find(), EXPORTS["ModelReference"].find()
 
     def reads_as(kept: Any) -> Callable[[str], bool]:
@@ -448,6 +455,19 @@ def respell(
 
         kind.__get_pydantic_core_schema__ = classmethod(core)  # type: ignore[attr-defined]
 
+    def read_recipe(recipe: Any, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(recipe)
+        except (ValueError, RuntimeError) as error:
+            refuse(recipe, error)
+            raise
+
+    def refusing(cls: type, source: Any, handler: Any) -> Any:
+        function = {"type": "no-info", "function": read_recipe}
+        return {"type": "function-wrap", "function": function, "schema": handler(source)}
+
+    whole: Any = EXPORTS["MergeConfiguration"].find()
+    whole.__get_pydantic_core_schema__ = classmethod(refusing)
     extend_schema(path, read_path, None)
     extend_schema(reference, read_reference, {"type": "function-plain", "function": write})
     for needed in (EXPORTS["ModelPath"], EXPORTS["ModelReference"], *HOLD_MODELS):

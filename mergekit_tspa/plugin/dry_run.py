@@ -8,20 +8,20 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Column, Table
 
 from mergekit_tspa.adapters import kind_of, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 from mergekit_tspa.insight.forecast import AdapterOutcome, Forecast, SeenAdapter, StoredAs
 from mergekit_tspa.insight.inspection import short_names
 from mergekit_tspa.merging.guide import reading_plan
@@ -39,8 +39,10 @@ from mergekit_tspa.plugin.compat import (
 )
 from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import PlannedRecipe, merge_of
-from mergekit_tspa.plugin.recipe import complete, sources, validation_faults
+from mergekit_tspa.plugin.recipe import complete, sources
+from mergekit_tspa.plugin.recipe_file import faults_of
 from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
+from mergekit_tspa.plugin.spelling import UnreadableRecipe
 
 T = TypeVar("T")
 
@@ -127,6 +129,30 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
     return run
 
 
+def stage_problems(stages: Sequence[tuple[Any, MergeConfiguration | None]]) -> Iterator[str]:
+    """Why `mergekit-multi` cannot order merges, each given by its name and, where it is readable, its recipe.
+
+    Args:
+        stages: the name is None for the final merge
+    """
+    names = [name for name, _ in stages]
+    if odd := [name for name in names if name is not None and not (isinstance(name, str) and name)]:
+        yield f"name {odd[0]!r}: it names a directory, so write text there, in quotes if need be"
+        return
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        name = "without a name" if twice[0] is None else f"of the name {twice[0]!r}"
+        yield f"there are several merges {name}; give each its own, only the final merge may have none"
+        return
+    needed = {
+        name: {model.model.path for model in config.referenced_models()} & {*names} if config else set()
+        for name, config in stages
+    }
+    try:
+        TopologicalSorter(needed).prepare()
+    except CycleError as error:
+        yield f"the merges need each other in a circle: {' <- '.join(map(str, error.args[1]))}"
+
+
 def _see(reference: ModelReference, fit: bool) -> SeenAdapter:
     """Read an adapter and, if it can be done, fit it to its base.
 
@@ -202,10 +228,10 @@ def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:
         return call()
     except InputError as error:
         problems.append(error.message)
-    except ValidationError as error:
-        problems += [f"{what}: {fault}" for fault in validation_faults(error)]
+    except (ValidationError, UnreadableRecipe) as error:
+        problems += [f"{what}: {fault}" for fault in faults_of(error)]
     except Exception as error:  # mergekit, transformers and the hub raise a dozen unrelated types
-        problems.append(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        problems.append(f"{what}: {reason_of(error)}")
     return None
 
 
@@ -219,16 +245,3 @@ def _collected(warnings: list[str]) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-
-
-def read_documents(file: Path) -> list[dict]:
-    """The recipes of a file, one or, for `mergekit-multi`, several."""
-    try:
-        documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror or error}; name a file with a recipe") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: not readable as YAML ({error})") from error
-    if not documents or not all(isinstance(document, dict) for document in documents):
-        raise InputError(f"{file}: holds no recipe, which is a mapping with merge_method and models")
-    return documents

@@ -1,19 +1,34 @@
 """Rebuild the model of one task from an EMR merge: base, mask and scale."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.files import read_json
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS, task_update
 from mergekit_tspa.plugin.compat import LazyTensorLoader, ModelReference, ShardedTensorIndex, TensorWriter
 from mergekit_tspa.plugin.output import replaced
 
 _WEIGHTS = (".safetensors", ".bin", ".index.json")
+
+
+class _Weight(BaseModel):
+    """A tensor that tasks changed."""
+
+    base: str  # its name there
+    tasks: list[str]
+
+
+class _Description(BaseModel):
+    """What an EMR merge says of itself."""
+
+    base_model: str
+    weights: dict[str, _Weight]
 
 
 @torch.no_grad()
@@ -33,13 +48,14 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
         )
     if not (merged / "config.json").is_file():
         raise InputError(f"{merged}: no config.json there; the merge did not finish, run it again")
-    description = json.loads((merged / DESCRIPTION).read_text(encoding="utf-8"))
-    weights = description["weights"]
-    chosen = _find(task, {name for weight in weights.values() for name in weight["tasks"]})
+    description = _described(merged / DESCRIPTION)
+    weights = description.weights
+    chosen = _find(task, {name for weight in weights.values() for name in weight.tasks})
     if out.exists():
         raise InputError(f"{out}: is there already; name another directory with --out")
     records = Checkpoint(merged, (RECORDS,))
-    base_model = description["base_model"]
+    Checkpoint(merged).shapes()  # refuses damaged files
+    base_model = description.base_model
     try:
         base = ModelReference.parse(base_model).lazy_loader(lazy_unpickle=False)
     except Exception as error:  # not there, not reachable, not a model: all need the same way out
@@ -53,21 +69,39 @@ def rebuild(merged: Path, task: str, out: Path, quiet: bool = False) -> None:
         for name in tqdm(unified.index.tensor_paths, desc=f"rebuilding {task}", disable=quiet):
             tensor = _tensor(unified, name)
             if name in weights:
-                before = _tensor(base, weights[name]["base"])
-                position = _position(records, name, weights[name]["tasks"], chosen)
+                before = _tensor(base, weights[name].base)
+                if before.shape != tensor.shape:
+                    raise InputError(
+                        f"{base_model}: {weights[name].base} has shape {tuple(before.shape)}, but {name} of "
+                        f"{merged} has {tuple(tensor.shape)}; put the base of the merge there again"
+                    )
+                position = _position(records, name, weights[name].tasks, chosen)
                 update = None if position is None else task_update(_record(records, name), position)
                 tensor = (before if update is None else update.apply_to(before)).to(tensor.dtype)
             writer.save_tensor(name, tensor)
 
 
+def _described(file: Path) -> _Description:
+    """
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return _Description.model_validate(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file}: {where}: {first['msg']}; run the merge again") from error
+
+
 def _tensor(loader: LazyTensorLoader, name: str) -> torch.Tensor:
     """
     Raises:
-        KeyError: there is no such tensor.
+        InputError: there is no such tensor.
     """
     tensor = loader.get_tensor(name)
     if tensor is None:
-        raise KeyError(name)
+        raise InputError(f"{loader.index.base_path}: there is no {name}; put the model there again")
     return tensor
 
 
@@ -90,4 +124,9 @@ def _position(records: Checkpoint, weight: str, tasks: list[str], chosen: str) -
 
 def _record(records: Checkpoint, weight: str) -> dict[str, torch.Tensor]:
     keys = ("unified", "largest", "mask", "scale", "U", "V")
-    return {key: records[f"{weight}.{key}"] for key in keys if f"{weight}.{key}" in records}
+    found = {key: records[f"{weight}.{key}"] for key in keys if f"{weight}.{key}" in records}
+    if missing := [key for key in keys[:4] if key not in found]:
+        raise InputError(
+            f"{records.directory / RECORDS}: it lacks {missing[0]} of {weight}; run the merge again"
+        )
+    return found

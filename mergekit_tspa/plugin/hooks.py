@@ -14,12 +14,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
-from click import ClickException
+from click import ClickException, get_current_context
 
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin import compat
-from mergekit_tspa.plugin.spelling import UnclearReference, read_path, read_reference, written
+from mergekit_tspa.plugin.spelling import (
+    UnclearReference,
+    UnreadableRecipe,
+    read_path,
+    read_reference,
+    written,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,6 +48,14 @@ class PrintedReference(ClickException, UnclearReference):
     """The same of a reference that cannot be read; pydantic lets all but a `ValueError` pass."""
 
 
+class PrintedRecipe(ClickException, UnreadableRecipe):
+    """The same of a recipe that mergekit cannot read."""
+
+    def __init__(self, faults: list[str]):
+        super().__init__(f"mergekit cannot read the recipe: {'; '.join(faults)}")
+        self.faults = faults
+
+
 def _printed(read: Hook) -> Hook:
     def reading(value: Any) -> Any:
         try:
@@ -52,13 +66,28 @@ def _printed(read: Hook) -> Hook:
     return reading
 
 
+def _refuse_unreadable(recipe: Any, error: Exception) -> None:
+    """Where a command reads a recipe of one of our methods, say what is wrong; a program gets the error.
+
+    Raises:
+        ClickException: in one sentence, where mergekit's command would show a traceback.
+    """
+    name = recipe.get("merge_method") if isinstance(recipe, dict) else None
+    if isinstance(error, ClickException) or get_current_context(silent=True) is None:
+        return
+    if isinstance(name, str) and name in METHODS:
+        from mergekit_tspa.plugin.recipe_file import faults_of
+
+        raise PrintedRecipe(faults_of(error)) from error
+
+
 def extend(module: ModuleType) -> None:
     """Extend one of the hooked modules, if what was seen of mergekit so far fits."""
     name = module.__name__
     if not _fits(compat.look(executed=name)):
         return
     if name == "mergekit.config":
-        compat.respell(_printed(read_path), _printed(read_reference), written)
+        compat.respell(_printed(read_path), _printed(read_reference), written, _refuse_unreadable)
     elif name == "mergekit.merge_methods.registry":
         _register_methods(module)
     elif name == "mergekit.evo.genome":
@@ -149,10 +178,12 @@ def _run_merge(
         if not _ours(merge_config.merge_method):
             return original(merge_config, out_path, options, config_source)
         from mergekit_tspa.plugin.output import held
-        from mergekit_tspa.plugin.recipe import unknown_keys
+        from mergekit_tspa.plugin.recipe_file import refuse_repeated_keys, unknown_keys
 
-        for warning in unknown_keys(yaml.safe_load(config_source)) if config_source else ():
-            LOG.warning("%s", warning)
+        if config_source:
+            refuse_repeated_keys(config_source, "the recipe")
+            for warning in unknown_keys(yaml.safe_load(config_source)):
+                LOG.warning("%s", warning)
         if not out_path:
             raise InputError("the output directory has no name; for the current directory write .")
         with held(Path(out_path)):
@@ -206,9 +237,10 @@ def _plan_in_memory(original: Hook, planner: compat.MergePlanner) -> list[compat
 def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -> list[compat.Task]:
     if not _ours(planner.config.merge_method):
         return original(planner, out_path)
-    from mergekit_tspa.plugin.output import begin_model
+    from mergekit_tspa.plugin.output import begin_model, weights_in
     from mergekit_tspa.plugin.planning import log_task, merge_of, record_tasks
     from mergekit_tspa.plugin.recipe import check_output
+    from mergekit_tspa.plugin.tasks import ClearEarlier, EarlierWeights
 
     check_output(Path(out_path), planner.config)
     tasks = original(planner, out_path)
@@ -216,6 +248,8 @@ def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -
     (finish,) = (task for task in tasks if isinstance(task, compat.FinalizeModel))
     merge = merge_of(planner)
     tasks += [log_task(merge, finish), *record_tasks(merge, out_path)]
+    earlier = EarlierWeights(Path(out_path), weights_in(Path(out_path)))
+    tasks.append(ClearEarlier(finish=finish, earlier=earlier))
     if (planner.config.parameters or {}).get("adapter") is True:
         from mergekit_tspa.plugin.adapter_output import adapter_task
 

@@ -1,6 +1,7 @@
 """The directory that a merge writes: of one process at a time, and always whole or visibly incomplete."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
+
+
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
     """Make and hold an output directory while it is written; left empty, a new one is removed again.
@@ -29,8 +33,10 @@ def held(directory: Path) -> Iterator[None]:
     Raises:
         InputError: another merge holds it, or a file cannot be read or written.
     """
-    new = not directory.exists()
     try:
+        new = not directory.exists()
+        if not new and not directory.is_dir():
+            raise InputError(f"{directory}: it is a file; name a directory")
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory)
         try:
@@ -93,6 +99,23 @@ def save_whole(config: PretrainedConfig) -> None:
 
     # Not an attribute of the object, which would be written with it.
     config.__class__ = type(kind.__name__, (kind,), {"save_pretrained": save_pretrained})
+
+
+def weights_in(directory: Path) -> dict[str, tuple[int, int]]:
+    """The files of a model's weights that are there, as transformers names them, and when they were
+    written.
+    """
+    files = directory.iterdir() if directory.is_dir() else ()
+    found = ((file.name, file.stat()) for file in files if _WEIGHTS.fullmatch(file.name) and file.is_file())
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found}
+
+
+def clear_earlier(directory: Path, earlier: dict[str, tuple[int, int]]) -> None:
+    """Take away weights that were there before a merge and are not part of it: loaders read
+    `model.safetensors` even where an index of shards lies beside it.
+    """
+    for name, _ in earlier.items() & weights_in(directory).items():
+        (directory / name).unlink()
 
 
 def _clear(directory: Path) -> None:

@@ -4,17 +4,15 @@ import logging
 import os
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Set
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
-from mergekit_tspa.errors import InputError, did_you_mean, nearest
+from mergekit_tspa.errors import InputError, did_you_mean, reason_of
 from mergekit_tspa.merging.servable import LEFT_OUT
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.emr_records import DESCRIPTION
@@ -46,13 +44,6 @@ from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
 
 LOG = logging.getLogger(__name__)
 Source = InputModelDefinition | InputSliceDefinition
-# Of the recipe's lists and mappings, what they hold.
-_PARTS = {
-    "models": InputModelDefinition,
-    "slices": OutputSliceDefinition,
-    "sources": InputSliceDefinition,
-    "modules": OutputModuleDefinition,
-}
 # What has `parameters`, besides the inputs themselves.
 Holder = MergeConfiguration | OutputModuleDefinition | OutputSliceDefinition
 
@@ -115,14 +106,22 @@ def adopt_modules(config: MergeConfiguration, architecture: ModelArchitecture) -
 def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     """What mergekit itself would find out only after the solving."""
     for key in ("dtype", "out_dtype"):
+        name = getattr(config, key)
         try:
-            dtype_from_name(getattr(config, key))
+            dtype = dtype_from_name(name)
         except RuntimeError:
-            yield InputError(f"{key}: {getattr(config, key)!r} is no dtype that mergekit knows")
+            yield InputError(f"{key}: {name!r} is no dtype that mergekit knows")
+            continue
+        if dtype is not None and not dtype.is_floating_point:
+            yield InputError(
+                f"{key}: {name} has whole numbers only, to which weights would be rounded; give float32, "
+                "bfloat16 or float16"
+            )
     try:
-        torch.empty(0, device=options.device)
+        torch.zeros(1, device=options.device).item()  # the device `meta` has no values
     except (RuntimeError, AssertionError) as error:
-        yield InputError(f"--device {options.device}: not on this machine ({error})")
+        reason = str(error).partition(". ")[0]
+        yield InputError(f"--device {options.device}: not on this machine ({reason})")
     if options.multi_gpu and not accelerator_count():
         yield InputError("--multi-gpu: this machine has no accelerator; leave the option out")
 
@@ -161,7 +160,13 @@ def sources(config: MergeConfiguration) -> Iterator[Source]:
 
 
 def _check_names(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
-    """Names that are left empty."""
+    """Names that are left empty, or that no file system has."""
+    base = config.base_model
+    if base and not base.model.path:
+        yield InputError("base_model: the name is empty; leave it out if all adapters name one base")
+    for reference in [*(source.model for source in sources(config)), *([base] if base else [])]:
+        if any("\0" in path.path for path in (reference.model, reference.lora) if path):
+            yield InputError(f"model {str(reference)!r}: a name of a directory cannot hold the character NUL")
     for source in sources(config):
         reference = source.model
         if not reference.model.path:
@@ -253,7 +258,7 @@ def _check_tokenizers(
             key = "tokenizer" if config.tokenizer else "tokenizer_source"
             yield InputError(
                 f"{key}: {model} has no tokenizer that transformers can load "
-                f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); leave the option out"
+                f"({reason_of(error)}); leave the option out"
             )
 
 
@@ -280,9 +285,11 @@ def _complete_sources(
                 continue
             added = reference.lora or reference.model
             if _identity(added) in seen:
-                yield InputError(f"{added}: listed twice; list it once with the summed weight")
-            if reference.lora or not same_base:
-                seen.add(_identity(added))
+                base_alone = same_base and not reference.lora
+                yield InputError(
+                    f"{added}: listed twice; list it once{'' if base_alone else ' with the summed weight'}"
+                )
+            seen.add(_identity(added))
             if absent.isdisjoint((reference.model.path, base.model.path)):
                 settings = _settings(source, holders) if parameters else {}
                 try:
@@ -295,79 +302,6 @@ def _settings(source: Source, holders: list[Holder]) -> dict[str, Any]:
     """The parameters of one model, from where they are given nearest to it."""
     given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
     return {name: given[name] for name in PER_MODEL if name in given}
-
-
-def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
-    """A recipe of one of our methods, and its text.
-
-    Raises:
-        InputError: it cannot be read, or is no such recipe.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-        documents = list(yaml.safe_load_all(text))
-        if len(documents) > 1:
-            raise InputError(
-                f"{file}: holds {len(documents)} recipes, which is for mergekit-multi; put the one that is "
-                "meant into a file of its own"
-            )
-        document = documents[0] if documents else None
-        config = MergeConfiguration.model_validate(document)
-    except InputError:
-        raise
-    except ValidationError as error:
-        what = "; ".join(validation_faults(error))
-        raise InputError(f"{file}: no recipe that mergekit can read: {what}") from error
-    except (OSError, ValueError, yaml.YAMLError, RuntimeError) as error:
-        raise InputError(f"{file}: no recipe that mergekit can read: {error}") from error
-    if config.merge_method not in METHODS:
-        near = nearest(config.merge_method, METHODS)
-        hint = f"do you mean {near[0]}?" if near else "see `mergekit-tspa methods`"
-        raise InputError(f"{file}: {config.merge_method} is not a method on adapters; {hint}")
-    for warning in unknown_keys(document):
-        LOG.warning("%s", warning)
-    return config, text
-
-
-def validation_faults(error: ValidationError) -> list[str]:
-    """What pydantic finds wrong with a recipe, one sentence for each place in it."""
-    found: dict[str, str] = {}
-    for fault in error.errors():
-        where = [str(part) for part in fault["loc"]]
-        if "parameters" in where[:-2]:  # pydantic tries each kind of value, and all fail
-            where = where[: where.index("parameters") + 2]
-            what = (
-                f"{fault['input']!r} is no value; give a number, a word, true or false, a list of these "
-                "over the layers, or a list of filters"
-            )
-        else:
-            what = fault["msg"]
-        found.setdefault(".".join(where) or "recipe", what)
-    return [f"{where}: {what}" for where, what in found.items()]
-
-
-def unknown_keys(
-    document: dict, kind: type[BaseModel] = MergeConfiguration, where: str = ""
-) -> Iterator[str]:
-    """Keys that mergekit drops without a word, anywhere in a recipe but under `parameters`."""
-    for key, value in document.items():
-        if key not in kind.model_fields and (where or key != "name"):  # of a merge of mergekit-multi
-            hint = "; write it under `parameters:` there" if key in _parameter_names() else ""
-            hint = hint or did_you_mean(str(key), kind.model_fields)
-            yield f"{where}{key}: mergekit knows no such key, so it has no effect{hint}"
-        parts = (
-            value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
-        )
-        for name, part in parts.items():
-            if key in _PARTS and isinstance(part, dict):
-                yield from unknown_keys(part, _PARTS[key], f"{where}{key}.{name}.")
-
-
-@cache
-def _parameter_names() -> Set[str]:
-    """Names of the parameters of all methods."""
-    fields = (name for method in METHODS.values() for name in method.parameter_fields())
-    return {WEIGHT.name, *ADAPTER_PARAMETERS, *fields}
 
 
 def leaves_out(config: MergeConfiguration) -> Set[str]:
@@ -447,6 +381,12 @@ def _check_architecture(reference: ModelReference, base: ModelReference, trust_r
     except Exception:  # mergekit itself says so of a base
         return
     check_architecture(str(model), config.to_dict(), str(base), base_config.to_dict())
+    here, there = (getattr(c.get_text_config(), "num_hidden_layers", None) for c in (config, base_config))
+    if here != there:
+        raise InputError(
+            f"{model}: it has {here} layers, and its base {base} {there}; a full model must have exactly the "
+            "tensors of the base"
+        )
 
 
 def _identity(path: ModelPath) -> tuple[str, str | None]:
@@ -456,6 +396,21 @@ def _identity(path: ModelPath) -> tuple[str, str | None]:
 
 def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> Iterator[InputError]:
     """mergekit adds the base to `models:` only."""
+    own = output_slice.base_model
+    if own and _identity(own.model) != _identity(base.model):
+        yield InputError(
+            f"a slice has base_model {own}, but this merge is based on {base}; adapters of different bases "
+            "cannot be merged, so leave it out there"
+        )
+        return
+    output_slice.base_model = None  # the recipe's, however it was spelled
+    counts = {source.layer_range[1] - source.layer_range[0] for source in output_slice.sources}
+    if len(counts) > 1:
+        yield InputError(
+            f"a slice takes {' and '.join(map(str, sorted(counts)))} layers of its inputs; give each a "
+            "layer_range of as many layers"
+        )
+        return
     if any(source.model == base for source in output_slice.sources):
         return
     ranges = {tuple(source.layer_range) for source in output_slice.sources}

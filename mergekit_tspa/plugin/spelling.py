@@ -14,6 +14,12 @@ class UnclearReference(RuntimeError):
     """A reference that cannot be read."""
 
 
+class UnreadableRecipe(RuntimeError):
+    """A recipe that mergekit cannot read."""
+
+    faults: list[str]  # a sentence for each place in it
+
+
 def read_path(value: Any) -> Any:
     """What `ModelPath` is made of: `path@revision`, or a directory with `@` in its name; `~` is the home."""
     if isinstance(value, str):

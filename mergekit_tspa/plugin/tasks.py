@@ -16,6 +16,7 @@ from mergekit_tspa.merging.plan import Chunk, MergePlan
 from mergekit_tspa.methods.inputs import PairPlan, PairSide, Survey
 from mergekit_tspa.methods.report import Report, Truncation
 from mergekit_tspa.plugin.compat import LoadTensor, Task, TensorWriter, TensorWriterTask, dtype_from_name
+from mergekit_tspa.plugin.output import clear_earlier
 from mergekit_tspa.progress import Bar
 from mergekit_tspa.updates import Dense, LowRank
 
@@ -204,6 +205,31 @@ class LogMerge(Task[None], frozen=True):
 
     def execute(self, finished: None, **reports: list[Report | Truncation]) -> None:
         log_merge([report for i in range(len(self.reports)) for report in reports[str(i)]], self.adapters)
+
+
+@dataclass(frozen=True, eq=False)
+class EarlierWeights:
+    """What lies in the directory of the output before the merge."""
+
+    directory: Path
+    files: dict[str, tuple[int, int]]
+
+
+class ClearEarlier(Task[None], frozen=True):
+    """Once the weights are written, take away those of an earlier merge that they did not replace."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    finish: Task
+    earlier: EarlierWeights
+
+    def arguments(self) -> dict[str, Task]:
+        return {"finished": self.finish}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, finished: None) -> None:
+        clear_earlier(self.earlier.directory, self.earlier.files)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +256,7 @@ CONFIG_REFUSALS = {
     "replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "rank": ({"r": 16}, "rank 4 but adapter_config.json says r = 16"),
     "alpha": ({"lora_alpha": "x"}, "lora_alpha"),
+    "a number as text": ({"r": "4"}, "r is '4': Input should be a valid integer"),
 }
 
 
@@ -295,6 +297,7 @@ TENSOR_REFUSALS = {
     "integers": ({f"{M}.lora_A.weight": A.to(torch.int8), f"{M}.lora_B.weight": B}, "int8"),
     "NaN": ({f"{M}.lora_A.weight": A, f"{M}.lora_B.weight": B / 0 * 0}, r"q_proj\.lora_B.*NaN"),
     "Inf": ({f"{M}.lora_A.weight": A / 0, f"{M}.lora_B.weight": B}, r"q_proj\.lora_A.*NaN or Inf"),
+    "huge": ({f"{M}.lora_A.weight": A.double() * 1e200, f"{M}.lora_B.weight": B}, "beyond float32"),
     "two adapters": ({f"{M}.lora_A.x.weight": A, f"{M}.lora_B.y.weight": B}, "several adapters"),
 }
 
@@ -327,6 +330,23 @@ def test_damaged_files(adapters, tmp_path):
         read_adapter(adapter)
     (adapter / "adapter_config.json").unlink()
     with pytest.raises(InputError, match=r"no adapter_config.json"):
+        read_adapter(adapter)
+
+
+def test_a_file_that_may_not_be_read(adapters, tmp_path, monkeypatch):
+    """Of which safetensors says that it is not there; root may read everything, so it is acted here."""
+    adapter = shutil.copytree(adapters[0], tmp_path / "a")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+
+    opened = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: you may not read it"):
         read_adapter(adapter)
 
 

@@ -20,7 +20,7 @@ from mergekit_tspa.insight.gather import inspect_adapters
 from mergekit_tspa.insight.inspection import Place, short_names
 from mergekit_tspa.insight.pictures import NAMES, Picture
 from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
-from tests.conftest import ROOT, recipe, run, save_adapter, write_recipe
+from tests.conftest import ROOT, recipe, run, save_adapter, save_llama, write_recipe
 from tests.plugin.test_extracted_inputs import save_full, with_full
 
 EXAMPLES = [f"examples/adapters/{task}" for task in ("math", "code", "safety", "roleplay")]
@@ -398,6 +398,12 @@ def test_a_report_that_is_not_whole_has_no_page(adapters, tmp_path, monkeypatch)
     )
 
 
+def test_a_full_model_beside_an_adapter(llama, adapters, tmp_path):
+    full = save_llama(tmp_path / "full", seed=1)
+    said = inspect(full, adapters[0], "--base", llama, out=tmp_path / "out").stdout
+    assert "is a full model: what is measured are factors" in said
+
+
 def test_errors(llama, adapters, tmp_path):
     def error(*arguments, out=tmp_path / "out"):
         result = inspect(*arguments, out=out, exit_code=1)
@@ -411,6 +417,8 @@ def test_errors(llama, adapters, tmp_path):
     )
     assert "there is no such adapter directory" in error(tmp_path / "none")
     assert "NaN or Inf" in error(adapters[0], nan)
+    assert "give the base whose difference to it is merged (base=, --base)" in error(llama)
+    assert "listed twice" in error(adapters[0], adapters[0])
     assert "listed twice" in error(adapters[0], tmp_path / "nan/../nan/../" / adapters[0])
     assert "updates of different shapes" in error(adapters[0], wide)
     assert "is a file" in error(adapters[0], out=write_recipe(tmp_path / "file", {}))
@@ -422,7 +430,7 @@ def test_errors(llama, adapters, tmp_path):
         write_recipe(tmp_path / "m.yml", recipe("ties", llama, adapters))
     )
     (tmp_path / "broken.yml").write_text("a: [")
-    assert "no recipe that mergekit can read" in error(tmp_path / "broken.yml")
+    assert "broken.yml: not readable as YAML" in error(tmp_path / "broken.yml")
     lost = recipe("core_tsv", tmp_path / "nowhere", adapters)
     assert "nowhere: no model" in error(write_recipe(tmp_path / "lost.yml", lost))
     weightless = shutil.copytree(

@@ -1,7 +1,9 @@
 """Rules in spaces: what holds for every combination, and what is asked of a merge as a whole."""
 
+import json
 import logging
 import re
+import shutil
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from mergekit_tspa.rules.breadcrumbs import breadcrumbs
 from mergekit_tspa.rules.pcb import pcb
 from mergekit_tspa.rules.prune import magnitude_prune
 from mergekit_tspa.spaces.core import core
-from tests.conftest import merge, recipe, relative_error, run, save_adapter
+from tests.conftest import merge, recipe, relative_error, run, save_adapter, save_llama
 
 LOSSLESS = ("lora", "knots", "core")
 COMBINATIONS = [f"{space.name}_{rule.name}" for space in UPDATE_SPACES for rule in RULES]
@@ -321,6 +323,34 @@ def test_emr_writes_masks_from_which_every_task_comes_back(space, scope, dtype, 
         assert relative_error(got[name], want.to(got[name].dtype)) < 1e-3
         if dtype == "float32":
             assert relative_error(got[name] - base[name], want - base[name]) < 1e-3
+
+
+def test_damaged_emr_merges_are_refused_in_one_sentence(llama, adapters, tmp_path):
+    whole = tmp_path / "whole"
+    assert merge(recipe("knots_emr", llama, adapters[:2]), whole).exit_code == 0
+    masks = load_file(whole / "emr_masks.safetensors")
+    key = next(key for key in masks if "q_proj" in key and key.endswith(".unified"))
+    other = save_llama(tmp_path / "other", hidden_size=32)
+    described = json.loads((whole / "emr_tasks.json").read_text())
+    damages = {
+        "not readable as JSON": lambda d: (d / "emr_tasks.json").write_text("{"),
+        "emr_tasks.json: weights: Field required": lambda d: (d / "emr_tasks.json").write_text(
+            '{"base_model": "x"}'
+        ),
+        "it lacks unified of": lambda d: save_file(
+            {k: v for k, v in masks.items() if k != key}, d / "emr_masks.safetensors"
+        ),
+        "no model.safetensors or": lambda d: (d / "model.safetensors").unlink(),
+        "model.safetensors: damaged": lambda d: (d / "model.safetensors").write_bytes(b"0"),
+        "put the base of the merge there again": lambda d: (d / "emr_tasks.json").write_text(
+            json.dumps(described | {"base_model": str(other)})
+        ),
+    }
+    for i, (said, damage) in enumerate(damages.items()):
+        damage(shutil.copytree(whole, tmp_path / str(i)))
+        result = rebuild(tmp_path / str(i), "one")
+        assert isinstance(result.exception, SystemExit) and said in result.output, (said, result.exception)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith((f"{i}-", f".{i}-"))]
 
 
 @pytest.mark.parametrize("space", ["knots", "core", "ctm"])

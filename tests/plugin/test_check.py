@@ -198,7 +198,7 @@ def test_problems_of_the_plan(llama, adapters, tmp_path):
     assert "rank 99" in line
     (line,) = errors(check(recipe("tspa_lora", llama, adapters, [1, -1, 1]), tmp_path))
     assert "at least 0" in line
-    sources = [{"model": f"{llama}+{adapters[i]}", "layer_range": [0, 1 + i]} for i in (0, 1)]
+    sources = [{"model": f"{llama}+{adapters[i]}", "layer_range": [i, 1 + i]} for i in (0, 1)]
     sliced = {"merge_method": "core_tsv", "base_model": str(llama), "slices": [{"sources": sources}]}
     assert "the layers of the base are not clear" in errors(check(sliced, tmp_path))[0]
 

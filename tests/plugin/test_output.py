@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mergekit_tspa import InputError, merge_adapters, read_adapter
 from mergekit_tspa.commands.merge_adapter import main as run_adapter
 from mergekit_tspa.plugin.output import held
-from tests.conftest import merge, recipe, write_recipe
+from tests.conftest import load_model, merge, recipe, write_recipe
 from tests.kills import Task, adapter_complete, fork, model_complete
 
 
@@ -47,6 +47,28 @@ def test_directories_that_cannot_be_written(command, llama, adapters, tmp_path):
     file = write_recipe(tmp_path / "recipe.yml", recipe("core_tsv", llama, adapters))
     for out in (file / "out", "/proc/out"):
         refused(CliRunner().invoke(command, [str(file), str(out), "--quiet"]), str(out), "the merge stopped")
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [([], ["--out-shard-size", "20K"]), (["--out-shard-size", "20K"], []), ([], ["--no-safe-serialization"])],
+    ids=["whole, then shards", "shards, then whole", "safetensors, then pickles"],
+)
+def test_a_second_merge_replaces_the_weights_of_the_first(first, second, llama, adapters, tmp_path):
+    """transformers would load `model.safetensors` of the first merge, whatever the second has written."""
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    assert merge(recipe("core_tsv", llama, adapters[1:]), out, *first).exit_code == 0
+    (out / "model_notes.bin").write_text("mine")
+    config = recipe("core_tsv", llama, adapters[:2])
+    assert merge(config, out, *second).exit_code == merge(config, fresh, *second).exit_code == 0
+    assert {f.name for f in out.iterdir()} == {f.name for f in fresh.iterdir()} | {"model_notes.bin"}
+    got, want = (load_model(path).state_dict() for path in (out, fresh))
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_a_file_is_no_directory(llama, adapters, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    refused(merge(recipe("core_tsv", llama, adapters), tmp_path / "out"), "it is a file; name a directory")
 
 
 def test_one_merge_at_a_time(llama, adapters, tmp_path):
