@@ -160,6 +160,6 @@ def test_the_peft_entry_knows_the_other_entry_and_no_files():
     """`merging/loaded.py` adds to a loaded model."""
     found = imports(PACKAGE / "merging" / "loaded.py")
     outside = {name.split(".")[0] for name in found} - {"mergekit_tspa"}
-    assert outside <= {"peft", "torch", "collections", "logging", "typing"}
+    assert outside <= {"peft", "torch", "collections", "contextlib", "logging", "typing"}
     rooms = {name.split(".")[1] for name in found if name.startswith("mergekit_tspa.")}
     assert rooms <= {"adapters", "base", "errors", "merging", "methods", "updates"}

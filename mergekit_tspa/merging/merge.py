@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -103,7 +104,8 @@ def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = sil
     if plan.method.guided and plan.guide and plan.tensors:
         readings = plan.guide.readings(plan.tensors, device, progress)
         inputs = (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
-        found = plan.method.guided([w for w in inputs if w.factors], readings)
+        with _memory_is_told():
+            found = plan.method.guided([w for w in inputs if w.factors], readings)
         for warning in readings.warnings:
             LOG.warning("%s", warning)
         return found
@@ -116,6 +118,26 @@ def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = sil
             if w.factors
         )
     )
+
+
+@contextmanager
+def _memory_is_told() -> Iterator[None]:
+    """
+    Raises:
+        InputError: the memory does not suffice for the base and the texts.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # Allocators of CPUs raise a plain RuntimeError; torch.OutOfMemoryError is a RuntimeError, too.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        raise InputError(
+            "there is not enough memory to read the texts: give fewer or shorter ones, lower batch_tokens, "
+            "or lower memory, so that the base is streamed from disk"
+        ) from error
 
 
 def record_tensor(

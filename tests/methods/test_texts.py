@@ -291,3 +291,23 @@ def test_a_model_in_memory_reads_the_texts(method, speaking):
     assert relative_error(layer.get_delta_weight("both"), want) < 1e-3
     with pytest.raises(InputError, match="has no tokenizer: give tokenizer="):
         add_merged_adapter(model, ["math", "code"], "again", method=method, examples=texts, **options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_says_what_to_lower(error, speaking, monkeypatch):
+    def fail(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr("mergekit_tspa.calibration.readings.input_statistics", fail)
+    with pytest.raises(InputError, match=r"not enough memory to read the texts: .* lower batch_tokens"):
+        merged("regmean", speaking)
+    error = RuntimeError("something else")
+    with pytest.raises(RuntimeError, match="something else"):
+        merged("regmean", speaking)
