@@ -118,9 +118,9 @@ def finish(plan: TensorPlan, update: LowRank | Dense | None) -> MergedUpdate:
 def _scale(parameters: Parameters) -> float:
     """`lambda` as a multiple of the method's default; a length that is found by texts is the default."""
     default = type(parameters).model_fields["lambda_"].default
-    return (
-        1.0 if parameters.lambda_ == default else parameters.lambda_ / (1.0 if default == "auto" else default)
-    )
+    if isinstance(parameters.lambda_, str) or parameters.lambda_ == default:
+        return 1.0
+    return parameters.lambda_ / (1.0 if isinstance(default, str) else default)
 
 
 def apply_parts(W: Tensor, parts: Iterable[tuple[Index, MergedUpdate]], dtype: torch.dtype) -> Tensor:

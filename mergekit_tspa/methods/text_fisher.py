@@ -12,16 +12,18 @@ from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.inputs import Pair, Progress, TensorInputs
 from mergekit_tspa.methods.method import DENSE, Merged, Method
-from mergekit_tspa.methods.texts import TextParameters, text_parameters
+from mergekit_tspa.methods.texts import Length, TextParameters, length_of, text_parameters
 from mergekit_tspa.rules.fisher import fisher, fisher_rank_one
 from mergekit_tspa.updates import Dense
 
 EXACT_UP_TO = 2**31  # bytes of all F together
+LENGTH = "\0"  # where the survey has `lambda`; no tensor has this name
+SEARCHED_RANK = 64
 
 
 class FisherParameters(TextParameters):
-    lambda_: float = Field(
-        1.0, alias="lambda", allow_inf_nan=False, description="factor on the merged update"
+    lambda_: Length = Field(
+        1.0, alias="lambda", description="factor on the merged update; `auto`: found by the texts"
     )
     rank: int | None = Field(
         None, ge=1, description="reduce merged updates of a higher rank to this one, by SVD"
@@ -50,7 +52,21 @@ def measure_fisher(inputs: Sequence[TensorInputs], readings: Readings) -> Mappin
             "outputs": torch.stack([one.outputs for one in known]),
             "inputs": torch.stack([one.inputs for one in known]),
         } | ({"F": torch.stack([one.F for one in known if one.F is not None])} if exact else {})
-    return survey
+    return survey | {LENGTH: {"lambda": torch.tensor(_length(inputs, survey, p, readings))}}
+
+
+def _length(
+    inputs: Sequence[TensorInputs],
+    survey: Mapping[str, Mapping[str, Tensor]],
+    p: FisherParameters,
+    readings: Readings,
+) -> float:
+    """`lambda`; the search sets the merge beside the base at the result's rank, or at one near the whole."""
+    if not isinstance(p.lambda_, str):
+        return p.lambda_
+    rank = p.rank or SEARCHED_RANK
+    updates = {w.name: Dense(fisher_tensor(w, survey[w.name])).truncated(rank) for w in inputs}
+    return length_of(updates, p, readings)
 
 
 def merge_fisher(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
@@ -59,7 +75,8 @@ def merge_fisher(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress
         progress("merging", i / len(inputs), None)
         if w.survey is None:
             raise InputError(f"{w.name}: nothing was read of it")
-        updates.append(Dense(fisher_tensor(w, w.survey[w.name])).scaled(w.parameters.lambda_))
+        length = float(w.survey[LENGTH]["lambda"])
+        updates.append(Dense(fisher_tensor(w, w.survey[w.name])).scaled(length))
     return Merged([*updates], [])
 
 

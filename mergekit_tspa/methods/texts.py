@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -24,10 +24,13 @@ SELF_LAMBDA = 1.5  # of texts that adapters write with no prompt, which a search
 SEARCHED_TEXTS = 4  # of each adapter, for the search
 
 
+Length = Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"]
+
+
 class TextParameters(Parameters):
     """Parameters of methods that look at texts."""
 
-    lambda_: float | Literal["auto"] = Field(
+    lambda_: Length = Field(
         "auto", alias="lambda", description="factor on the merged update; `auto`: found by the texts"
     )
     rank: int | None = Field(
@@ -75,21 +78,20 @@ def rank_of(w: TensorInputs, parameters: TextParameters) -> int:
 def at_its_length(
     updates: Mapping[str, LoraFactors], parameters: TextParameters, readings: Readings, name: str
 ) -> Mapping[str, LoraFactors]:
-    """The updates times `lambda`, which texts that were given find by a search.
-
-    Raises:
-        InputError: an update is no product of factors that the search could set beside the base.
-    """
-    if not isinstance(parameters.lambda_, str):
-        length = parameters.lambda_
-    elif readings.has_given_texts:
-        length = search_lambda(
-            readings.singles, updates, readings.answers(SEARCHED_TEXTS), progress=readings.progress
-        ).lambda_
-    else:
-        length = SELF_LAMBDA if readings.has_texts else USUAL_LAMBDA
+    """The updates times `lambda`."""
+    length = length_of(updates, parameters, readings)
     LOG.info("%s: lambda %.3g", name, length)
     return {tensor: update.scaled(length) for tensor, update in updates.items()}
+
+
+def length_of(updates: Mapping[str, LoraFactors], parameters: TextParameters, readings: Readings) -> float:
+    """`lambda`, which texts that were given find by a search where it is `auto`."""
+    if not isinstance(parameters.lambda_, str):
+        return parameters.lambda_
+    if not readings.has_given_texts:
+        return SELF_LAMBDA if readings.has_texts else USUAL_LAMBDA
+    answers = readings.answers(SEARCHED_TEXTS)
+    return search_lambda(readings.singles, updates, answers, progress=readings.progress).lambda_
 
 
 def as_survey(updates: Mapping[str, LoraFactors]) -> dict[str, dict[str, torch.Tensor]]:

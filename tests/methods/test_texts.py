@@ -176,6 +176,14 @@ def test_fisher_from_the_sides_of_gradients(conv1d):
     assert relative_error(found[module].dense(), want) < 1e-3
 
 
+def test_fisher_finds_its_length(speaking):
+    found, plain = merged("fisher", speaking, lambda_="auto"), merged("fisher", speaking)
+    scale = found["model.layers.0.self_attn.q_proj"].norm() / plain["model.layers.0.self_attn.q_proj"].norm()
+    assert 0.25 <= scale <= 2.5 and abs(scale - 1) > 1e-3
+    for module in found:
+        assert relative_error(found[module].dense(), scale * plain[module].dense()) < 1e-4
+
+
 def test_statistics_in_files_take_the_place_of_texts(speaking, tmp_path):
     from mergekit_tspa.calibration.moments import input_statistics
 
