@@ -18,7 +18,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergekit_tspa import InputError, merge_adapters
 from mergekit_tspa.base.geometry import in_attention
+from tests.calibration.conftest import tiny_tokenizer
 from tests.conftest import (
     base_tensors,
     load_model,
@@ -268,6 +270,35 @@ def test_other_methods_change_adapted_tensors_only_and_stage_1_attention_only(ca
     }
     assert aligned == {name for name in case.changed if in_attention(name)}
     assert aligned
+
+
+TEXTS = [{"text": "w1 w2 w3 w4 w5 w6 w7"}, {"prompt": "w9 w8", "completion": " w7 w6 w5 w4"}]
+DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3, text", "Phi-3", "GPT-NeoX", "GPT-2"]
+
+
+@pytest.mark.parametrize("case", DECODERS, indirect=True)
+def test_texts_are_read_by_every_decoder(case):
+    """One adapter comes back as itself on the inputs that its layers see, fused projections included."""
+    options = {
+        "base": case.base,
+        "model": load_model(case.base, dtype=torch.float32),
+        "tokenizer": tiny_tokenizer(),
+        "lambda_": 1.0,
+    }
+    one = merge_adapters("regmean", case.adapters[:1], examples=[TEXTS], **options)
+    plain = merge_adapters("lora_task_arithmetic", case.adapters[:1], base=case.base)
+    assert one.keys() == plain.keys()
+    for module, update in one.items():
+        assert relative_error(update.dense(), plain[module].dense()) < 1e-3
+    both = merge_adapters("regmean_plus", case.adapters, examples=[TEXTS, TEXTS[::-1]], **options)
+    assert both.keys() == merge_adapters("core_tsv", case.adapters, base=case.base).keys()
+
+
+@pytest.mark.parametrize("case", ["Mixtral"], indirect=True)
+def test_experts_that_run_as_one_tensor_are_named(case):
+    options = {"model": load_model(case.base, dtype=torch.float32), "tokenizer": tiny_tokenizer()}
+    with pytest.raises(InputError, match=r"methods that use examples (cannot merge it|merge linear layers and embeddings only)"):
+        merge_adapters("regmean", case.adapters, base=case.base, examples=[TEXTS, TEXTS], **options)
 
 
 def test_attention_of_an_unknown_layout_is_named_and_can_be_left_out(tmp_path):
