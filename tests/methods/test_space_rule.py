@@ -403,7 +403,7 @@ def test_recipe_and_python_agree(method, llama, adapters, tmp_path, caplog):
 def test_scope_model_refuses_parameters_that_vary(llama, adapters, tmp_path):
     varying = {"scope": "model", "density": [{"filter": "q_proj", "value": 0.5}, {"value": 0.2}]}
     result = merge(recipe("lora_ties", llama, adapters, parameters=varying), tmp_path / "out")
-    assert result.exit_code == 1 and "needs the same parameters for all weights" in result.output
+    assert result.exit_code == 1 and "needs the same parameters for all tensors" in result.output
 
 
 def half_shared(n=3, rank=4, d_out=20, d_in=14):
