@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mergekit_tspa.base.names import TensorNames
 from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.calibration.called import CalledTensor, calls_heard
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.updates import LoraFactors
 
@@ -81,30 +82,50 @@ def find_layers(model: nn.Module, base: ModelTensors, tensors: Iterable[str]) ->
     """`{tensor of the base: the layer that multiplies with it}`, in the order of the model's modules.
 
     Raises:
-        InputError: a tensor belongs to no linear layer or embedding of the model.
+        InputError: a tensor belongs to nothing in the model that multiplies with it.
     """
-    modules = dict(model.named_modules())
-    # A layer that PEFT has wrapped computes in the layer inside, which has the hooks.
-    modules = {path: getattr(module, "base_layer", module) for path, module in modules.items()}
-    names = TensorNames([f"{path}.weight" for path, module in modules.items() if hasattr(module, "weight")])
-    found = {}
-    for tensor in tensors:
-        whole = [name for name, index in base.places(tensor).items() if index == ()]
-        name = next((found for found in map(names.find, whole) if found), None)
-        if name is None:
-            raise InputError(
-                f"{tensor} of {base.name} is no layer of its own in the model, as the experts of a layer "
-                "that run as one tensor are not; methods that use examples cannot merge it"
-            )
-        path = name.removesuffix(".weight")
-        if not (isinstance(modules[path], nn.Linear | nn.Embedding) or _is_conv1d(modules[path])):
-            raise InputError(
-                f"{tensor} of {base.name} belongs to a {type(modules[path]).__name__}; methods that use "
-                "examples merge linear layers and embeddings only"
-            )
-        found[path] = Layer(tensor, path, modules[path])
-    order = {path: position for position, path in enumerate(modules)}
-    return {found[path].tensor: found[path] for path in sorted(found, key=order.__getitem__)}
+    finder = _LayerFinder(model, base)
+    layers = [finder.find(tensor) for tensor in tensors]
+    return {layer.tensor: layer for layer in sorted(layers, key=finder.position)}
+
+
+class _LayerFinder:
+    def __init__(self, model: nn.Module, base: ModelTensors):
+        self.base = base
+        # A layer that PEFT has wrapped computes in the layer inside, which has the hooks.
+        self.modules = {path: getattr(m, "base_layer", m) for path, m in model.named_modules()}
+        weighted = [f"{path}.weight" for path, module in self.modules.items() if hasattr(module, "weight")]
+        self.weights = TensorNames(weighted)
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.names = TensorNames(self.parameters)
+        self.order = {path: position for position, path in enumerate(self.modules)}
+
+    def find(self, tensor: str) -> Layer:
+        places = self.base.places(tensor)
+        whole = [name for name, index in places.items() if index == ()]
+        if name := next((found for found in map(self.weights.find, whole) if found), None):
+            path = name.removesuffix(".weight")
+            module = self.modules[path]
+            if isinstance(module, nn.Linear | nn.Embedding) or _is_conv1d(module):
+                return Layer(tensor, path, module)
+        for place, index in places.items():
+            name = self.names.find(place)
+            if name and self.parameters[name].ndim == (3 if index else 2):
+                path, _, own = name.rpartition(".")
+                called = CalledTensor(self.modules[path], own, index)
+                return Layer(tensor, ".".join([path, *map(str, index[:1])]), called)
+        raise InputError(
+            f"{tensor} of {self.base.name} is no linear layer, embedding or expert of the model; methods "
+            "that use examples cannot merge it"
+        )
+
+    def position(self, layer: Layer) -> tuple[int, int, int]:
+        """Where in the model it is: the module, and of experts which one and from which row on."""
+        module = layer.module
+        if not isinstance(module, CalledTensor) or module.expert is None:
+            return self.order[layer.path], 0, 0
+        path = layer.path.rpartition(".")[0]
+        return self.order[path], module.expert, module.rows.start or 0
 
 
 class Update(NamedTuple):
@@ -186,7 +207,9 @@ def beside(layers: Iterable[Layer], updates: Mapping[str, Parts], rows: int) -> 
 
         return add
 
+    layers = list(layers)
     with ExitStack() as stack:
+        stack.enter_context(calls_heard(layer.module for layer in layers))
         for layer in layers:
             stack.callback(layer.module.register_forward_hook(hook_of(layer)).remove)
         yield

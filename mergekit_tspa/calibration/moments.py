@@ -241,6 +241,7 @@ def input_statistics(
             _listen(stack, singles, batch, pace, inputs.take)
             singles.read(batch)
         pace.finished(len(batch.examples))
+    _check_heard(singles, inputs.owner)
     means = {key: moment.mean() for key, moment in inputs.moments.items()}
     return {
         name: {
@@ -250,6 +251,21 @@ def input_statistics(
         }
         for name in singles.names
     }
+
+
+def _check_heard(singles: Singles, heard: Mapping[str, str]) -> None:
+    """
+    Raises:
+        InputError: the model does not multiply with a tensor, or with any expert, in a way that can be heard.
+    """
+    silent = [layer for layer in singles.layers.values() if layer.tensor not in heard]
+    routed = [layer for layer in singles.layers.values() if layer.routed]
+    for layer in silent:
+        if not layer.routed or not any(expert.tensor in heard for expert in routed):
+            raise InputError(
+                f"{layer.tensor}: the model multiplies with it in a way that cannot be followed; methods "
+                "that use examples cannot merge it"
+            )
 
 
 def merge_in_order(

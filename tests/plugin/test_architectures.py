@@ -18,8 +18,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergekit_tspa import InputError, merge_adapters
+from mergekit_tspa import InputError, merge_adapters, read_adapter
+from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.geometry import in_attention
+from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.calibration.batches import Batch
+from mergekit_tspa.calibration.examples import Example
+from mergekit_tspa.calibration.moments import input_statistics
+from mergekit_tspa.calibration.score import answer_logits
+from mergekit_tspa.calibration.singles import Singles
 from tests.calibration.conftest import tiny_tokenizer
 from tests.conftest import (
     base_tensors,
@@ -273,6 +280,7 @@ def test_other_methods_change_adapted_tensors_only_and_stage_1_attention_only(ca
 
 
 TEXTS = [{"text": "w1 w2 w3 w4 w5 w6 w7"}, {"prompt": "w9 w8", "completion": " w7 w6 w5 w4"}]
+EXPERTS_INSIDE = ["Mixtral", "Qwen3-MoE"]
 DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3, text", "Phi-3", "GPT-NeoX", "GPT-2"]
 
 
@@ -294,11 +302,49 @@ def test_texts_are_read_by_every_decoder(case):
     assert both.keys() == merge_adapters("core_tsv", case.adapters, base=case.base).keys()
 
 
-@pytest.mark.parametrize("case", ["Mixtral"], indirect=True)
-def test_experts_that_run_as_one_tensor_are_named(case):
-    options = {"model": load_model(case.base, dtype=torch.float32), "tokenizer": tiny_tokenizer()}
-    with pytest.raises(InputError, match=r"methods that use examples (cannot merge it|merge linear layers and embeddings only)"):
-        merge_adapters("regmean", case.adapters, base=case.base, examples=[TEXTS, TEXTS], **options)
+@pytest.mark.parametrize("case", EXPERTS_INSIDE, indirect=True)
+def test_texts_are_read_by_experts(case):
+    """An expert's inputs are the tokens that the router sends to it, also where all are one parameter."""
+    model = load_model(case.base, dtype=torch.float32)
+    chosen = model.config._experts_implementation
+    options = {"base": case.base, "model": model, "tokenizer": tiny_tokenizer(), "lambda_": 1.0}
+    one = merge_adapters("regmean", case.adapters[1:], examples=[TEXTS], **options)
+    plain = merge_adapters("lora_task_arithmetic", case.adapters[1:], base=case.base)
+    assert one.keys() == plain.keys() and any("experts" in module for module in one)
+    for module, update in one.items():
+        assert relative_error(update.dense(), plain[module].dense()) < 1e-3
+    both = merge_adapters("regmean", case.adapters, examples=[TEXTS, TEXTS], **options | {"lambda_": "auto"})
+    assert both.keys() == merge_adapters("core_tsv", case.adapters, base=case.base).keys()
+    assert model.config._experts_implementation == chosen
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(InputError, match="use regmean"):
+        merge_adapters("regmean_plus", case.adapters, examples=[TEXTS, TEXTS], **options)
+
+
+@pytest.mark.parametrize("case", EXPERTS_INSIDE, indirect=True)
+def test_a_model_with_experts_answers_with_an_adapter_beside_it(case):
+    """As PEFT's merged model does, and its experts' moments are those of the tokens that reach them."""
+    tensors = ModelTensors.of(str(case.base), Checkpoint(case.base))
+    singles = Singles(
+        load_model(case.base, dtype=torch.float32), tensors, [read_adapter(case.adapters[1], "a")]
+    )
+    example = Example((), (1, 2, 3, 4, 5, 6, 7, 8))
+    batch = Batch.of([("a", example)])
+    with torch.no_grad(), singles.alone(batch.parts):
+        got = answer_logits(singles, batch)
+    merged = PeftModel.from_pretrained(load_model(case.base, dtype=torch.float32), case.adapters[1])
+    want = merged(input_ids=torch.tensor([example.tokens])).logits[0, :-1]
+    assert relative_error(got, want) < 1e-4
+    found = input_statistics(singles, {"a": [example]})["a"]
+    routed = {
+        name: own.tokens
+        for name, own in found.items()
+        if ("experts" in name and "0.mlp" in name) or "0.block" in name
+    }
+    assert routed and max(routed.values()) <= 8
+    per_expert = case.architecture.config.get("num_experts_per_tok", 2)
+    first = {name: n for name, n in routed.items() if name.endswith((".w1.weight", ".gate_proj.weight"))}
+    assert sum(first.values()) == per_expert * 8 * len({name.split("layers.")[1][0] for name in first})
 
 
 def test_attention_of_an_unknown_layout_is_named_and_can_be_left_out(tmp_path):
