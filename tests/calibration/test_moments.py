@@ -255,7 +255,7 @@ def test_texts_and_adapters_must_fit(llama, adapters):
             [Adapter.from_factors("a", {"0": (torch.ones(4, 1), torch.ones(1, 6))})],
         )
     fused = {f"model.layers.0.mlp.experts.up[{e}]": (torch.ones(4, 1), torch.ones(1, 6)) for e in (0, 1)}
-    with pytest.raises(InputError, match="no layer of its own"):
+    with pytest.raises(InputError, match="is no linear layer, embedding or expert"):
         Singles(
             load_model(llama),
             ModelTensors("fused", {"model.layers.0.mlp.experts.up": (2, 4, 6)}),
