@@ -162,7 +162,7 @@ class Readings:
     @cached_property
     def statistics(self) -> dict[str, dict[str, InputStatistics]]:
         """Second moments of every adapter's inputs, from files or in one pass, by adapter and tensor."""
-        found = self._stored()
+        found = self.stored()
         if len(found) < len(self.sources):
             found |= input_statistics(
                 self.singles, self.written, batch_tokens=self.how.batch_tokens, progress=self.progress
@@ -191,8 +191,9 @@ class Readings:
         limit = Checkpoint(self._path).config().get("max_position_embeddings")
         return int(limit) if limit else None
 
-    def _stored(self) -> dict[str, dict[str, InputStatistics]]:
-        """
+    def stored(self) -> dict[str, dict[str, InputStatistics]]:
+        """The statistics of adapters that have files of them in place of texts.
+
         Raises:
             InputError: statistics of another base or adapter, or no statistics.
         """

@@ -56,10 +56,11 @@ def reading_plan(tensors: Sequence[TensorPlan], guide: Guide) -> list[str]:
     """What would be read, in sentences: texts and tokens of each adapter, and the model that reads them.
 
     Raises:
-        InputError: a file is not readable, or a line is no example.
+        InputError: a file is not readable, a line is no example, or statistics are of something else.
     """
     readings = guide.readings(tensors, "cpu", silent)
     given = readings.texts()
+    readings.stored()
     said = []
     for adapter, source in readings.sources.items():
         if adapter.name in given:

@@ -182,8 +182,9 @@ def _obstacle(plan: MergePlan, output: OutputTensor, leaves_out: Set[str]) -> st
             )
             return f"{what} (adapter_leaves_out: {kind} would leave that out)"
     if plan.method.result.dense and part.plan.parameters.rank is None:
+        other = ", or take the method in another space (core_, knots_, ctm_)"
         return (
-            f"{plan.method.name} gives a dense update; set `rank`, or take the method in another space "
-            "(core_, knots_, ctm_)"
+            f"{plan.method.name} gives a dense update; set `rank`"
+            f"{other if plan.method.name.startswith('lora_') else ''}"
         )
     return None

@@ -135,12 +135,12 @@ class Method:
         """That there is none of this name: what it may be a misspelling of, or whose parameter it is."""
         from mergekit_tspa.methods import METHODS  # which are made of this class
 
-        known = ["weight", *self.parameter_fields()]
+        known = ["weight", *self.parameter_fields()] + (["examples", "calibration"] if self.guided else [])
         every = {field: None for method in METHODS.values() for field in method.parameter_fields()}
-        near = nearest(name, [*known, *every])
+        near = nearest(name, [*known, *every, "examples", "calibration"])
         if not near:
             hint = f"it has {', '.join(known)}"
-        elif near[0] in known:
+        elif near[0] in (*known, "examples", "calibration"):  # which all methods take, and most ignore
             hint = f"did you mean {near[0]}?"
         else:
             owners = [method.name for method in METHODS.values() if near[0] in method.parameter_fields()]

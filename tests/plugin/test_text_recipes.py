@@ -148,6 +148,20 @@ def test_wrong_recipes(speaking, tmp_path):
         assert not list((tmp_path / "out").glob("*.safetensors")) if (tmp_path / "out").exists() else True
 
 
+def test_check_reads_files_of_statistics_and_knows_the_keys(speaking, tmp_path):
+    texts = speaking[2]
+    config = write_recipe(tmp_path / "recipe.yml", with_texts("regmean", speaking, "calibration", texts))
+    result = own("check", config)
+    assert result.exit_code == 1 and f"{texts[0]}: damaged" in result.output
+    misspelt = with_texts("core_tsv", speaking, "exmples", texts)
+    result = own("check", write_recipe(tmp_path / "recipe.yml", misspelt))
+    assert result.exit_code == 1 and "no parameter 'exmples'; did you mean examples?" in result.output
+    result = own(
+        "adapter", write_recipe(tmp_path / "r.yml", with_texts("fisher", speaking)), tmp_path / "out"
+    )
+    assert "fisher gives a dense update; set `rank`, so the merge cannot" in result.output
+
+
 def test_a_base_without_tokenizer(llama, adapters, tmp_path):
     texts = write_lines(tmp_path / "texts.jsonl")
     result = merge(with_texts("regmean", (llama, adapters[:2], [texts, texts])), tmp_path / "out")
