@@ -39,9 +39,10 @@ CASES: dict[
 ] = {  # label: method, texts of each adapter, parameters
     "sum, weight 0.4": ("lora_task_arithmetic", 0, {"lambda": 0.4}),
     "core_tsv": ("core_tsv", 0, {}),
-    "actmat, ridge 0.1": ("actmat", 0, {}),
+    "actmat, ridge 0.1": ("actmat", 0, {"ridge": 0.1}),
     "actmat, ridge 1": ("actmat", 0, {"ridge": 1.0}),
-    "actmat, ridge 1, lambda 0.7": ("actmat", 0, {"ridge": 1.0, "lambda": 0.7}),
+    "actmat, ridge 3": ("actmat", 0, {"ridge": 3.0}),
+    "actmat, ridge 10, lambda 1.5": ("actmat", 0, {"ridge": 10.0, "lambda": 1.5}),
     "swudi_a": ("swudi_a", 0, {}),
     "dc_merge": ("dc_merge", 0, {}),
     "ace": ("ace", 0, {}),

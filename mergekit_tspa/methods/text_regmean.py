@@ -69,11 +69,13 @@ def solve_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
     updates = {}
     for i, w in enumerate(inputs):
         readings.progress("merging", i / len(inputs), None)
-        statistics = statistics_of(w, readings)
-        updates[w.name] = regmean_tensor(
-            w.factors, w.weights, statistics, rank_of(w, p), p.ridge, p.off_diagonal, w.transposed
-        )
+        updates[w.name] = _solved(w, statistics_of(w, readings), p)
     return updates
+
+
+def _solved(w: TensorInputs, inputs: Sequence[InputStatistics], p: RegmeanParameters) -> LoraFactors:
+    rank = rank_of(w, p)
+    return regmean_tensor(w.factors, w.weights, inputs, rank, p.ridge, p.off_diagonal, w.transposed)
 
 
 def merge_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping[str, Mapping[str, Tensor]]:
@@ -95,11 +97,10 @@ def merge_regmean_plus(
     below = BELOW if isinstance(p.lambda_, str) else p.lambda_
 
     def solve(tensor: str, found: Mapping[str, InputStatistics]) -> LoraFactors:
+        if tensor not in by_name:  # every adapter's update of it is zero, and so is the merged one
+            return next(own[tensor] for own in readings.singles.factors.values() if tensor in own)
         w = by_name[tensor]
-        statistics = [found[adapter.name] for adapter in w.adapters]
-        return regmean_tensor(
-            w.factors, w.weights, statistics, rank_of(w, p), p.ridge, p.off_diagonal, w.transposed
-        ).scaled(below)
+        return _solved(w, [found[adapter.name] for adapter in w.adapters], p).scaled(below)
 
     updates: Mapping[str, LoraFactors]
     updates = merge_in_order(readings.singles, readings.written, solve, progress=readings.progress)

@@ -98,6 +98,22 @@ def test_the_result_has_the_largest_rank_of_an_adapter(method, speaking):
     assert {update.rank for update in merged(method, speaking, rank=2, **options).values()} == {2}
 
 
+@pytest.mark.parametrize("method", GUIDED)
+def test_updates_that_are_zero(method, speaking, caplog):
+    """Of all adapters in one tensor, and of one of two in another."""
+    base, adapters, texts = speaking
+    one, two = (
+        {m: (u.B, u.A) for m, u in merge_adapters("core_tsv", [a], base=base).items()} for a in adapters
+    )
+    down, q = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"
+    one[down] = (torch.zeros_like(one[down][0]), one[down][1])
+    one[q] = (torch.zeros_like(one[q][0]), one[q][1])
+    options = {"steps": 0} if method == "distill" else {}
+    found = merge_adapters(method, [one, two], base=base, examples=texts, **options)
+    assert not found[down].dense().any() and found[q].dense().any()
+    assert "its update of 2 weights is zero" in caplog.text
+
+
 def test_lambda_is_found_by_the_texts(speaking):
     """The search cannot do worse than length 1, on the texts that it looked at."""
     base, adapters, texts = speaking
@@ -225,6 +241,9 @@ def test_adapters_write_their_own_answers_and_texts(speaking):
         for module in found:
             assert relative_error(again[module].dense(), found[module].dense()) < 1e-5
         assert any(relative_error(other[m].dense(), found[m].dense()) > 1e-4 for m in found)
+    likeliest = {"examples": prompts, "temperature": 0.0, **options}  # which a seed does not change
+    one, two = (merge_adapters("regmean", adapters, seed=seed, **likeliest) for seed in (0, 1))
+    assert all(relative_error(one[m].dense(), two[m].dense()) < 1e-5 for m in one)
 
 
 def test_what_trained_tensors_and_magnitudes_do_stays(speaking, tmp_path):
