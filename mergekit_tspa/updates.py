@@ -1,12 +1,14 @@
 """The update of one tensor: as two factors, or as a whole matrix."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mergekit_tspa.linalg import leading_subspace, product_svd
+
+_Factors = TypeVar("_Factors", bound="LoraFactors")
 
 
 class LoraFactors(NamedTuple):
@@ -32,7 +34,7 @@ class LoraFactors(NamedTuple):
         B, A = self.B.double(), self.A.double()
         return ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt()
 
-    def scaled(self, factor: float) -> "LoraFactors":
+    def scaled(self: _Factors, factor: float) -> _Factors:
         """`factor * dW`, with `sqrt|factor|` on each side and its sign on `B`."""
         root = abs(factor) ** 0.5
         return self._replace(B=self.B * (root if factor >= 0 else -root), A=self.A * root)

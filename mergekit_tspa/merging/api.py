@@ -36,7 +36,7 @@ from mergekit_tspa.merging.arguments import (
     usable,
 )
 from mergekit_tspa.merging.bases import warn_of_different_bases, warn_of_other_bases
-from mergekit_tspa.merging.finish import MergedUpdate, finish
+from mergekit_tspa.merging.finish import MergedUpdate, finish, low_rank
 from mergekit_tspa.merging.guide import Guide
 from mergekit_tspa.merging.merge import log_merge, merge_plan
 from mergekit_tspa.merging.outputs import TensorPlan, Wanted
@@ -45,7 +45,6 @@ from mergekit_tspa.merging.servable import adapter_tensors, module_name, own_dty
 from mergekit_tspa.methods import METHODS, Method
 from mergekit_tspa.methods.inputs import Parameters, Progress, silent
 from mergekit_tspa.methods.report import Report, Truncation, summary
-from mergekit_tspa.updates import LowRank
 
 
 class MergedAdapters(dict[str, MergedUpdate]):
@@ -111,11 +110,7 @@ class MergedAdapters(dict[str, MergedUpdate]):
             )
         _check_directory(directory, self.plan.adapters)
         names = {module_name(tensor): tensor for tensor in tensors}
-        # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
-        factors = {
-            name: u if isinstance(u := updates[tensor.name], LowRank) else u.truncated(u.rank)
-            for name, tensor in names.items()
-        }
+        factors = {name: low_rank(updates[tensor.name]) for name, tensor in names.items()}
         modules = {name: tensor.modules[0] for name, tensor in names.items()}
         task_type = (
             task_type_of(read_json(config)) if (config := Path(base, "config.json")).is_file() else None
@@ -219,10 +214,10 @@ def merge_adapters(
         parameters["lambda"] = parameters.pop("lambda_")
     bound = row.bind(parameters)
     directory = None if base is None or isinstance(base, Mapping) else os.fspath(base)
-    if directory is not None:
-        base = Checkpoint(directory)
+    stored = Checkpoint(directory) if directory is not None else base
+    assert stored is None or isinstance(stored, Mapping)
 
-    tensors = None if base is None else ModelTensors.of("the base", base)
+    tensors = None if stored is None else ModelTensors.of("the base", stored)
     extraction = row.extraction(parameters)
     loaded, touched = zip(
         *(load_adapter(a, f"adapter {i}", tensors, extraction) for i, a in enumerate(adapters))
@@ -235,7 +230,7 @@ def merge_adapters(
     if row.guided:
         sources = text_sources(loaded, examples, calibration)
         guide = Guide(tensors, None if directory is None else Path(directory), sources, model, tokenizer)
-    plan = plan_adapters(row, bound, loaded, touched, weights, tensors, base, geometry, guide)
+    plan = plan_adapters(row, bound, loaded, touched, weights, tensors, stored, geometry, guide)
     updates, reports = merge_plan(plan, device, progress)
     log_merge([], loaded)
     merged = MergedAdapters(

@@ -91,6 +91,14 @@ class Changed(NamedTuple):
 MergedUpdate: TypeAlias = LowRank | Dense | Dora | Changed
 
 
+def low_rank(update: MergedUpdate) -> LowRank:
+    """An update as factors; one whose rank is no larger than `rank` may still be dense."""
+    if isinstance(update, LowRank):
+        return update
+    assert isinstance(update, Dense)  # magnitudes and trained tensors are refused before
+    return update.truncated(update.rank)
+
+
 def finish(plan: TensorPlan, update: LowRank | Dense | None) -> MergedUpdate:
     """Add to the method's update what the method does not see: DoRA's magnitudes, and direct changes.
 

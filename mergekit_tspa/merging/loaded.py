@@ -15,8 +15,9 @@ from mergekit_tspa.adapters.kinds import kinds_of
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.api import merge_adapters
+from mergekit_tspa.merging.finish import low_rank
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.updates import LoraFactors, LowRank
+from mergekit_tspa.updates import LoraFactors
 
 LOG = logging.getLogger(__name__)
 
@@ -75,8 +76,7 @@ def add_merged_adapter(
         merged = merge_adapters(method, factors, weights, **context, **parameters)
     if not merged:
         raise InputError("every weight is 0: there is nothing to merge")
-    # An update whose rank is no larger than `rank` may still be dense; it becomes factors of that rank.
-    updates = {path: u if isinstance(u, LowRank) else u.truncated(u.rank) for path, u in merged.items()}
+    updates = {path: low_rank(update) for path, update in merged.items()}
     rank = max(update.rank for update in updates.values())
 
     configs = [model.peft_config[adapter] for adapter in adapters]
@@ -85,7 +85,7 @@ def add_merged_adapter(
         r=rank,
         lora_alpha=rank,
         target_modules=list(updates),
-        fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+        fan_in_fan_out=any(getattr(config, "fan_in_fan_out", False) for config in configs),
     )
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     model.add_adapter(name, config)
@@ -120,8 +120,8 @@ def _checked(model: PeftModel, adapters: Sequence[str], name: str) -> list[str]:
         )
     loaded = model.peft_config
     listed = isinstance(adapters, Iterable) and not isinstance(adapters, str | Mapping)
-    names = list(adapters) if listed else [None]
-    if not all(isinstance(adapter, str) for adapter in names) or len(set(names)) < len(names):
+    names = list(adapters) if listed else []
+    if not listed or not all(isinstance(adapter, str) for adapter in names) or len({*names}) < len(names):
         raise InputError(f"adapters must be a list of different names, not {adapters!r}")
     if unknown := [adapter for adapter in names if adapter not in loaded]:
         raise InputError(f"no adapter {unknown[0]!r} is loaded; loaded are {', '.join(loaded)}")
@@ -145,7 +145,7 @@ def _checked(model: PeftModel, adapters: Sequence[str], name: str) -> list[str]:
                 "the rest of it; the result belongs to the tensors as they are in this model, not to the "
                 "original checkpoint",
                 adapter,
-                loaded[adapter].init_lora_weights,
+                getattr(loaded[adapter], "init_lora_weights", None),
             )
     return names
 
@@ -156,7 +156,7 @@ def _tensors(base: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in tensors.items() if LoraModel.prefix not in key}
 
 
-def _pair(layer: LoraLayer, adapter: str) -> tuple[Parameter, Parameter] | None:
+def _pair(layer: Any, adapter: str) -> tuple[Parameter, Parameter] | None:
     """`B (d_out, r ..)` and `A (r, d_in ..)`; a convolution's have the dimensions of its kernel besides."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
@@ -172,12 +172,16 @@ def _transposed(layer: LoraLayer) -> bool:
 
 def _read(layer: LoraLayer, adapter: str) -> LoraFactors:
     """An adapter's update in the base's orientation and float32, its scale folded in."""
-    B, A = (factor.flatten(1) for factor in _pair(layer, adapter))
+    pair = _pair(layer, adapter)
+    assert pair is not None
+    B, A = (factor.flatten(1) for factor in pair)
     return LoraModule(B, A, layer.scaling[adapter], _transposed(layer)).factors(torch.float32, None)
 
 
 def _write(layer: LoraLayer, adapter: str, update: LoraFactors, dtype: torch.dtype) -> None:
     """Give an adapter of scale 1 the update of a layer's tensor, in the base's orientation."""
     B, A = (update.A.T, update.B.T) if _transposed(layer) else update
-    for parameter, factor in zip(_pair(layer, adapter), (B, A)):
+    pair = _pair(layer, adapter)
+    assert pair is not None
+    for parameter, factor in zip(pair, (B, A)):
         parameter.data = torch.empty_like(parameter, dtype=dtype).copy_(factor.reshape(parameter.shape))

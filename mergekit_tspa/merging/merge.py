@@ -26,7 +26,9 @@ Device: TypeAlias = torch.device | str | None
 Updates: TypeAlias = dict[str, LowRank | Dense]  # by tensor
 
 
-def merge_plan(plan: MergePlan, device: Device = None, progress: Progress = silent) -> tuple[Updates, list]:
+def merge_plan(
+    plan: MergePlan, device: Device = None, progress: Progress = silent
+) -> tuple[Updates, Sequence[Report | Truncation]]:
     """Merge everything in one batch.
 
     Returns:
@@ -41,17 +43,17 @@ def merge_plan(plan: MergePlan, device: Device = None, progress: Progress = sile
 
 def merge_chunks(
     plan: MergePlan, chunks: Sequence[Chunk], device: Device = None, progress: Progress = silent
-) -> Iterator[tuple[Updates, list[Report | Truncation]]]:
+) -> Iterator[tuple[Updates, Sequence[Report | Truncation]]]:
     """The updates and reports of each chunk, one after the other."""
     survey = survey_plan(plan, device, progress)
-    for done, chunk in enumerate(chunks):
+    for before, chunk in enumerate(chunks):
 
-        def share(stage: str, fraction: float, left: float | None = None, done: int = done) -> None:
-            progress(stage, (done + fraction) / len(chunks), left)
+        def share(stage: str, done: float, left: float | None = None, before: int = before) -> None:
+            progress(stage, (before + done) / len(chunks), left)
 
-        grams = [
-            load_side(pair, side, plan.read, device) for pair in chunk.pairs for side in (pair.x, pair.y)
-        ]
+        sides = [(pair, side) for pair in chunk.pairs for side in (pair.x, pair.y)]
+        assert plan.read is not None or not sides  # `plan_merge` refuses pairs without a base
+        grams = [load_side(pair, side, plan.read, device) for pair, side in sides] if plan.read else []
         updates, reports = merge_chunk(plan.method, chunk, grams, survey, device, share)
         yield dict(zip((tensor.name for tensor in chunk.tensors), updates)), reports
 
@@ -164,16 +166,21 @@ def load_tensor(method: Method, plan: TensorPlan, device: Device) -> TensorInput
         (adapter.factors(module, device=device), weight, adapter)
         for (adapter, module), weight in zip(plan.sources, plan.weights)
     ]
-    for (adapter, module), (factors, *_) in zip(plan.sources, loaded):
-        if product_overflows(factors, factors.rank):
+    for (adapter, module), (f, *_) in zip(plan.sources, loaded):
+        if product_overflows(f, f.rank):
             raise InputError(
                 f"{adapter.name}: its update of {module}, scale included, is too large for float32"
             )
     if method.drops_zeros:
         loaded = [part for part in loaded if part[0].B.any() and part[0].A.any()]
-    factors, weights, adapters = zip(*loaded) if loaded else ((), (), ())
-    transposed = any(module.transposed for module in plan.modules)
-    return TensorInputs(plan.name, factors, weights, plan.parameters, adapters, transposed=transposed)
+    return TensorInputs(
+        plan.name,
+        factors=[factors for factors, _, _ in loaded],
+        weights=[weight for _, weight, _ in loaded],
+        parameters=plan.parameters,
+        adapters=[adapter for _, _, adapter in loaded],
+        transposed=any(module.transposed for module in plan.modules),
+    )
 
 
 def log_merge(reports: Sequence[Report | Truncation], adapters: Sequence[Adapter]) -> None:

@@ -1,11 +1,11 @@
 """What a merge does to each tensor of its output."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mergekit_tspa.adapters import Adapter, Change, LoraModule
 from mergekit_tspa.base.tensors import Index
-from mergekit_tspa.methods.inputs import Parameters, Planned
+from mergekit_tspa.methods.inputs import Planned
 
 
 class TensorPlan(NamedTuple):
@@ -14,7 +14,7 @@ class TensorPlan(NamedTuple):
     name: str
     sources: Sequence[tuple[Adapter, str]]  # the adapter and its module
     weights: Sequence[float]  # a_t of each source, never 0
-    parameters: Parameters
+    parameters: Any  # of the method's class
     changes: Sequence[tuple[Change, float]] = ()  # of adapters that trained it directly, and their weights
 
     @property
@@ -47,7 +47,7 @@ class TensorPlan(NamedTuple):
 class Part(NamedTuple):
     """What is merged into a tensor of the output, or into a part of it, such as one expert."""
 
-    index: Index
+    index: Index  # type: ignore[assignment]  # a tuple has a method of that name
     plan: TensorPlan
 
 
@@ -67,7 +67,7 @@ class Wanted(NamedTuple):
     output: str
     base: str
     name: str  # of the part; that of the output if it is all of it
-    index: Index
+    index: Index  # type: ignore[assignment]  # a tuple has a method of that name
     sources: Sequence[tuple[Adapter, str, float]]  # adapter, module, weight
     changes: Sequence[tuple[Adapter, Change, float]]
-    parameters: Parameters
+    parameters: Any  # of the method's class

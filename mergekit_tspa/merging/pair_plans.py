@@ -131,10 +131,12 @@ def load_side(
     """Read a side's base weight, unless the other side has no LoRA, and keep its Grams; float32."""
     g = pair.geometry
     other = pair.y if side is pair.x else pair.x
-    W = bias = None
+    W: Tensor | None = None
+    bias: Tensor | None = None
     if any(other.modules):
         W = _part(g, side.role, _upright(g, read(side.tensor).to(device, torch.float32)))
-        bias = side.bias and _part(g, side.role, read(side.bias).to(device, torch.float32))
+        if side.bias:
+            bias = _part(g, side.role, read(side.bias).to(device, torch.float32))
     B, A = _stacked(pair, side, W, device)
     if side.role == "o":
         return side_grams(*output_side(W, B, A, g.n_heads, g.n_kv_heads))
@@ -165,9 +167,11 @@ def _stacked(pair: PairPlan, side: PairSide, W: Tensor | None, device) -> tuple[
         else None
         for adapter, module, weight in zip(pair.adapters, side.modules, side.weights)
     ]
-    loaded = [f and LoraFactors(_part(g, side.role, f.B), f.A) for f in loaded]
-    rank = max((f.rank for f in loaded if f), default=0)
-    d_out, d_in = next((f.shape for f in loaded if f), None) or W.shape
+    parts = [f and LoraFactors(_part(g, side.role, f.B), f.A) for f in loaded]
+    rank = max((f.rank for f in parts if f), default=0)
+    shapes = [tuple(f.shape) for f in parts if f]
+    # Where no adapter changes this side, one changes the other, for which W was read.
+    d_out, d_in = (shapes if W is None else [*shapes, tuple(W.shape)])[0]
     nothing = LoraFactors(torch.zeros(d_out, rank, device=device), torch.zeros(rank, d_in, device=device))
-    loaded = [f.padded(rank) if f else nothing for f in loaded]
-    return torch.stack([f.B for f in loaded]), torch.stack([f.A for f in loaded])
+    padded = [f.padded(rank) if f else nothing for f in parts]
+    return torch.stack([f.B for f in padded]), torch.stack([f.A for f in padded])

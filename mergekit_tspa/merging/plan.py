@@ -161,9 +161,9 @@ def plan_merge(
     parts: dict[str, list[Part]] = {name: [] for name in bases}
     unweighted = []
     for want in wanted:
-        plan = _plan_tensor(method, want)
-        if plan is not None:
-            parts[want.output].append(Part(want.index, plan))
+        tensor = _plan_tensor(method, want)
+        if tensor is not None:
+            parts[want.output].append(Part(want.index, tensor))
         else:
             unweighted.append(want.output)
     if silent := [name for name in dict.fromkeys(unweighted) if not parts[name]]:

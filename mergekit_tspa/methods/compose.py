@@ -7,6 +7,8 @@ its space.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from pydantic import Field, create_model
@@ -139,22 +141,22 @@ def survey_model(
 
 def _method(space: Space, rule: Rule) -> Method:
     """The row of the method table."""
-    entrywise = isinstance(rule.kind, Entrywise)
-    recorded = rule.kind.recorded if entrywise else None
-    surveyed = (rule.kind.statistics or recorded) if space.scoped and rule.scoped else None
+    kind = rule.kind if isinstance(rule.kind, Entrywise) else None
+    recorded = kind.recorded if kind else None
+    surveyed = (kind.statistics or recorded) if kind and space.scoped and rule.scoped else None
     return Method(
         name=f"{space.name}_{rule.name}",
         title=space.title.format(rule.title),
         summary=rule.summary + space.remark.format(rule.name),
         paper="; ".join(filter(None, (rule.paper, space.paper))),
         url=space.url or rule.url,
-        result=SUM_OF_RANKS if space.isometric and not entrywise else space.result,
+        result=SUM_OF_RANKS if space.isometric and kind is None else space.result,
         merge=one_by_one(lambda w: merge_in_space(space, rule, w)),
-        survey=surveyed and (lambda inputs: survey_model(space, rule, surveyed, inputs)),
-        record=recorded and (lambda w: record_in_space(space, rule, recorded, w)),
+        survey=partial(survey_model, space, rule, surveyed) if surveyed else None,
+        record=partial(record_in_space, space, rule, recorded) if recorded else None,
         parameters=_parameters(space, rule),
         weight=rule.weight,
-        split=space.split if entrywise else "no",
+        split=space.split if kind else "no",
         check=lambda plans: _check(space, rule, plans),
         elects=rule.elects,
         equal_ranks=space.equal_ranks,
@@ -167,7 +169,7 @@ def _parameters(space: Space, rule: Rule) -> type[Parameters]:
     bases += [Scoped] if space.scoped and rule.scoped else []
     own = tuple(base for base in bases if base is not Parameters)  # which is a base of them all
     fields = rule.parameters.model_fields
-    other = {
+    other: dict[str, Any] = {
         name: (fields[name].annotation, Field(default, description=fields[name].description))
         for name, default in space.defaults.items()
         if name in fields

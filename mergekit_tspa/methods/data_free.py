@@ -125,11 +125,11 @@ def _own(w: TensorInputs) -> dict[str, Any]:
     return w.parameters.own()
 
 
-_ACTMAT = {
+_ACTMAT: dict[str, Any] = {
     "paper": "Model Merging via Data-Free Covariance Estimation, 2026",
     "url": "https://arxiv.org/abs/2604.01329",
 }
-_SWUDI = {
+_SWUDI: dict[str, Any] = {
     "paper": "Closed-Form Spectral Regularization for Multi-Task Model Merging, 2026",
     "url": "https://arxiv.org/abs/2606.07289",
 }

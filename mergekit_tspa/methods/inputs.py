@@ -83,7 +83,7 @@ class TensorInputs(NamedTuple):
     name: str
     factors: Sequence[LoraFactors]
     weights: Sequence[float]  # a_t, never 0
-    parameters: Parameters
+    parameters: Any  # of the method's class
     adapters: Sequence[Adapter] = ()  # whose factors they are
     survey: Survey | None = None  # what is known of the whole model, where it is wanted
     transposed: bool = False  # whether the base stores the tensor `(d_in, d_out)`
@@ -101,7 +101,7 @@ class Planned(NamedTuple):
     name: str
     shape: tuple[int, int]
     ranks: Sequence[int]  # of the adapters that touch it
-    parameters: Parameters
+    parameters: Any  # of the method's class
 
 
 class PairSide(NamedTuple):
@@ -123,7 +123,7 @@ class PairPlan(NamedTuple):
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
     geometry: AttentionGeometry
-    parameters: Parameters
+    parameters: Any  # of the method's class
 
     @property
     def literal(self) -> bool:

@@ -44,8 +44,8 @@ DENSE = ResultRank("full (dense)", lambda ranks, p: sum(ranks), dense=True)
 class Merged(NamedTuple):
     """Updates in the order of the inputs, and what the solvers report."""
 
-    updates: list[LowRank | Dense]
-    reports: list[Report | Truncation]
+    updates: Sequence[LowRank | Dense]
+    reports: Sequence[Report | Truncation]
 
 
 MergeFunction: TypeAlias = Callable[[Sequence[TensorInputs], Sequence[Pair], Progress], Merged]
@@ -163,8 +163,8 @@ def one_by_one(rule: Callable[[TensorInputs], LoraFactors | Dense]) -> MergeFunc
     def merge_one(w: TensorInputs) -> LowRank | Dense:
         p = w.parameters
         before, after = getattr(p, "pico", False), getattr(p, "svc", False)
-        update = rule(prepared(w))
-        update = update if isinstance(update, Dense) else LowRank(*update)
+        made = rule(prepared(w))
+        update: LowRank | Dense = made if isinstance(made, Dense) else LowRank(*made)
         if before or after:
             weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
             update = at_mean_norm(update, weighted) if before else update

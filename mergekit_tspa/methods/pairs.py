@@ -1,6 +1,7 @@
 """Stage 1 of TSPA for all attention pairs of a chunk: query and key, or output and value, of one block."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -36,7 +37,7 @@ def align_pairs(
     Args:
         solve: `solve_products` or `solve_pairwise`
     """
-    aligned = {w.name: w._replace(factors=list(w.factors)) for w in inputs}
+    aligned = {w.name: w for w in inputs}
     reports = []
 
     def batch_of(pair: Pair):
@@ -51,9 +52,7 @@ def align_pairs(
         what = f"{'query-key' if role == 'q' else 'value-output'} alignment"
         names = [pair.plan.name for pair in batch]
         try:
-            inner_x, inner_y, solution = solve(
-                batch, lambda done, left, what=what: progress(what, done, left)
-            )
+            inner_x, inner_y, solution = solve(batch, partial(progress, what))
         except FloatingPointError as error:
             culprit = batch[error.args[1]].plan
             raise InputError(
@@ -124,4 +123,5 @@ def _write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str
             f = LoraFactors(
                 f.B.index_copy(0, g.rows(side.role).to(f.B.device), part) if g.fused else part, f.A
             )
-        inputs.factors[index] = oriented(g, f)
+        factors = [*inputs.factors[:index], oriented(g, f), *inputs.factors[index + 1 :]]
+        aligned[side.tensor] = inputs._replace(factors=factors)

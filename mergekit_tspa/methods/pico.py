@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_tspa.updates import LoraFactors, nonzero
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank, nonzero
 
 
 def pico(factors: Sequence[LoraFactors]) -> list[LoraFactors]:
@@ -23,7 +23,7 @@ def pico(factors: Sequence[LoraFactors]) -> list[LoraFactors]:
     return [f._replace(B=f.B + ((U * damping) @ (U.mT @ f.B.double())).to(f.B.dtype)) for f in factors]
 
 
-def at_mean_norm(update, factors: Sequence[LoraFactors]):
+def at_mean_norm(update: LowRank | Dense, factors: Sequence[LoraFactors]) -> LowRank | Dense:
     """The merged update, scaled to the mean of the adapters' norms.
 
     What adapters that cancel leave behind is rounding noise, and stays as it is.

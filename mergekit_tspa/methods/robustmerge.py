@@ -5,6 +5,7 @@ The paper and its code (AuroraZengfh/RobustMerge) differ in more than details; h
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -46,10 +47,10 @@ def robustmerge(
     everything, adapters without an update and, for unequal ranks, rows that are not there have no share in
     the sum over adapters.
     """
-    B, A, s = zip(*_prune(factors, weights, density))
-    total = pad_sequence(s).sum(1)  # (largest rank,)
-    B = [b * _ratio(s_t, total[: len(s_t)]) for b, s_t in zip(B, s)]
-    return LoraFactors(torch.cat(B, dim=1), torch.cat(A))
+    pruned = _prune(factors, weights, density)
+    total = pad_sequence([s_t for _, _, s_t in pruned]).sum(1)  # (largest rank,)
+    B = [B_t * _ratio(s_t, total[: len(s_t)]) for B_t, _, s_t in pruned]
+    return LoraFactors(torch.cat(B, dim=1), torch.cat([A_t for _, A_t, _ in pruned]))
 
 
 def robustmerge_code(
@@ -90,7 +91,7 @@ def _ratio(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(y > 0, x / y, 0)
 
 
-_PAPER = {"paper": "Zeng et al., 2025", "url": "https://arxiv.org/abs/2502.17159"}
+_PAPER: dict[str, Any] = {"paper": "Zeng et al., 2025", "url": "https://arxiv.org/abs/2502.17159"}
 ROBUSTMERGE_METHODS = (
     Method(
         name="robustmerge",

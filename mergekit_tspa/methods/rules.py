@@ -135,8 +135,8 @@ class Rule:
 _NOT_OF_RULES = {"seed", *OneByOneParameters.model_fields}
 _SHARE = "share of a mean"
 _AGREEING = "normalised by the weights that agree; linear with `normalize: false`"
-_TIES = {"paper": "Yadav et al., 2023", "url": "https://arxiv.org/abs/2306.01708"}
-_DARE = {"paper": "Yu et al., 2023", "url": "https://arxiv.org/abs/2311.03099"}
+_TIES: dict[str, Any] = {"paper": "Yadav et al., 2023", "url": "https://arxiv.org/abs/2306.01708"}
+_DARE: dict[str, Any] = {"paper": "Yu et al., 2023", "url": "https://arxiv.org/abs/2311.03099"}
 RULES = (
     Rule(
         name="task_arithmetic",

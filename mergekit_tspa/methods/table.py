@@ -130,7 +130,7 @@ def parameter_table(names: Sequence[str]) -> str:
     Raises:
         InputError: there is no method of such a name.
     """
-    methods: dict[tuple[str, str, str], list[str]] = {}
+    methods: dict[tuple[str, str, str | None], list[str]] = {}
     for name in names:
         for parameter, field in find(name).parameter_fields().items():
             if (field.description, field.default) not in _COMMON:
@@ -140,9 +140,9 @@ def parameter_table(names: Sequence[str]) -> str:
         for (parameter, default, meaning), of in methods.items()
     ]
     columns = ("parameter", "default and range", "meaning", "of")
-    if len(names) == 1:
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return "\n".join([_line(columns), "|" + "---|" * len(columns), *map(_line, rows)])
+    shown = len(columns) - (len(names) == 1)
+    lines = [_line(row[:shown]) for row in (columns, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * shown, *lines[1:]])
 
 
 def describe(field: FieldInfo) -> str:

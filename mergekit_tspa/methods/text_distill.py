@@ -24,7 +24,7 @@ from mergekit_tspa.methods.texts import (
     take_solved,
     text_parameters,
 )
-from mergekit_tspa.updates import LoraFactors, LowRank
+from mergekit_tspa.updates import LoraFactors
 
 
 class DistillParameters(TextParameters):
@@ -73,9 +73,8 @@ def start_of(
 
     if p.start == "regmean":
         own = {name: getattr(p, name) for name in TextParameters.model_fields}
-        bound = RegmeanParameters.model_construct(**own)
-        updates: Mapping[str, LoraFactors]
-        updates = solve_regmean([w._replace(parameters=bound) for w in inputs], readings)
+        regmean = RegmeanParameters.model_construct(**own)
+        updates = dict(solve_regmean([w._replace(parameters=regmean) for w in inputs], readings))
     else:
         method = METHODS.get(p.start)
         if method is None or method.guided or method.attention or method.equal_ranks:
@@ -85,10 +84,7 @@ def start_of(
             )
         bound = method.bind({})
         merged = method.merge([w._replace(parameters=bound) for w in inputs], [], silent)
-        updates = {
-            w.name: LowRank(*u) if isinstance(u := update.truncated(rank_of(w, p)), LoraFactors) else u
-            for w, update in zip(inputs, merged.updates)
-        }
+        updates = {w.name: u.truncated(rank_of(w, p)) for w, u in zip(inputs, merged.updates)}
     return at_its_length(updates, p, readings, "distill")
 
 

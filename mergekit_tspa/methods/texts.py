@@ -30,7 +30,7 @@ Length = Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"]
 class TextParameters(Parameters):
     """Parameters of methods that look at texts."""
 
-    lambda_: Length = Field(
+    lambda_: Length = Field(  # type: ignore[assignment]  # wider than in other methods
         "auto", alias="lambda", description="factor on the merged update; `auto`: found by the texts"
     )
     rank: int | None = Field(

@@ -5,7 +5,7 @@ Stage 1 aligns the adapters inside the products of attention (Eq. 5-7), stage 2 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -21,8 +21,8 @@ from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.factor import encode
 from mergekit_tspa.updates import LoraFactors, LowRank
 
-_STEPS = {"ge": 0, "le": 1_000_000}
-_RATE = {"gt": 0, "le": 1, "allow_inf_nan": False}
+_STEPS: dict[str, Any] = {"ge": 0, "le": 1_000_000}
+_RATE: dict[str, Any] = {"gt": 0, "le": 1, "allow_inf_nan": False}
 
 
 class SolverParameters(Parameters):
@@ -120,7 +120,7 @@ def align_tensors(
 
     The target is the mean of the inputs themselves, or that of `originals` with `lora_target: original`.
     """
-    merged: dict[str, LowRank] = {}
+    merged: dict[int, LowRank] = {}
     reports = []
     batches: dict[tuple, list[int]] = {}
     for i, w in enumerate(inputs):
@@ -195,7 +195,7 @@ def tspa_lora(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: P
     return Merged(*align_tensors(inputs, inputs, progress))
 
 
-_PAPER = {
+_PAPER: dict[str, Any] = {
     "paper": "Li et al., Findings of ACL 2026",
     "url": "https://openreview.net/forum?id=iE0dWuv6jU",
     "result": LARGEST_RANK,
