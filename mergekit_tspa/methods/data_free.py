@@ -26,7 +26,7 @@ Start = Literal["sum", "mean"]
 
 class ActmatParameters(OneByOneParameters):
     ridge: float = Field(
-        0.1, ge=0, allow_inf_nan=False, description="keeps weak directions small; 0: pseudo-inverse"
+        1.0, ge=0, allow_inf_nan=False, description="keeps weak directions small; 0: pseudo-inverse"
     )
     shrink_to: Literal["mean", "zero"] = Field(
         "mean", description="what the ridge leads to; with `mean` an adapter alone is itself"
