@@ -122,7 +122,7 @@ class Adapter:
                 "outputs; save the adapter again"
             )
         if found.base_part:
-            found = found._replace(base_part=BasePart(found.base_part.of, lambda: base.read(tensor)))
+            found = found._replace(base_part=BasePart(found.base_part.of, lambda: base.part(tensor)))
         return found
 
     def _fit_change(self, change: Change, tensor: str, base: ModelTensors) -> None:
@@ -171,8 +171,7 @@ class Adapter:
         trained = self.changes.get(embedding or "")
         # PEFT ties rows of tokens by itself.  It ties whole embeddings only with ensure_weight_tying, and
         # then it saves both.
-        together = trained and (trained.equals(self.changes[head]) if head else trained.rows is not None)
-        if not together:
+        if trained is None or not (trained.equals(self.changes[head]) if head else trained.rows is not None):
             raise InputError(
                 f"{self.name}: it trained {head or embedding} apart from the tensor that {base.name} ties it "
                 "to; untie the base first, or train with ensure_weight_tying"

@@ -27,7 +27,7 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
     nests: dict[str, list[str]] = {}
     for module in modules:
         nests.setdefault(module.replace(_NESTED, ""), []).append(module)
-    named = {}
+    named: dict[str, str] = {}
     for root, nest in nests.items():
         if len(nest) == 1 and not root.endswith(f".{EXPERT_CONTAINER}"):
             continue
@@ -92,9 +92,10 @@ def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) 
             )
         if parts and not tensor:
             for part, (expert, rows) in parts.items():
+                assert isinstance(expert, int)
                 settled[part.removesuffix(".weight")] = experts[expert]._replace(B=experts[expert].B[rows])
         else:
-            turned = bool(tensor) and _transposed(experts[0], tensor, base)
+            turned = tensor is not None and _transposed(experts[0], tensor, base)
             for expert, module in enumerate(experts):
                 settled[f"{tensor or name}[{expert}]"] = module._replace(transposed=turned)
     return settled

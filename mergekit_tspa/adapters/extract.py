@@ -1,8 +1,9 @@
 """A full model as an adapter: low-rank factors of its difference to the base, made when they are needed."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -117,7 +118,11 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
         if model.shapes[stored] != base.shapes[tensor]:
             _refuse_shape(name, stored, model, base)
 
-    modules, changes = {}, {}
+    def difference(part: str) -> tuple[Tensor, Tensor]:
+        return model.part(part), base.part(part)
+
+    modules: dict[str, ExtractedModule] = {}
+    changes: dict[str, StoredTensor] = {}
     for tensor, stored in source.items():
         shape = base.shapes[tensor]
         if len(shape) == 2 and tensor.endswith(".weight") and not TABLE.search(tensor):
@@ -125,12 +130,14 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
         elif len(shape) == 3 and EXPERTS.search(tensor):
             parts = [f"{tensor}[{expert}]" for expert in range(shape[0])]
         else:
-            changes[tensor] = StoredTensor(lambda stored=stored: model.read(stored))
+            changes[tensor] = StoredTensor(partial(model.part, stored))
             continue
         for part in parts:
-            read = lambda part=part: (model.part(part), base.part(part))  # noqa: E731
-            modules[part.removesuffix(".weight")] = ExtractedModule(part, base.shape(part), read, extraction)
-    return Adapter(name, None, modules, changes)
+            d_out, d_in = base.shape(part)
+            modules[part.removesuffix(".weight")] = ExtractedModule(
+                part, (d_out, d_in), partial(difference, part), extraction
+            )
+    return Adapter(name, None, modules, changes)  # type: ignore[arg-type]  # of the same use
 
 
 def check_architecture(
@@ -151,26 +158,27 @@ def check_architecture(
 
 def log_kept(adapter: Adapter) -> None:
     """Log one line on how much of a model's differences its factors hold, as a warning if it is little."""
-    modules = [m for m in adapter.modules.values() if isinstance(m, ExtractedModule) and m.known is not None]
-    changed = [m for m in modules if m.kept is not None]
-    if not changed:
+    found: Iterable[object] = adapter.modules.values()  # each a LoraModule, or what takes its place
+    modules = [m for m in found if isinstance(m, ExtractedModule) and m.known is not None]
+    kept = {m.tensor: m.kept for m in modules if m.kept is not None}  # of those that differ
+    if not kept:
         if modules:
             LOG.warning("%s: its %d linear weights equal the base's", adapter.name, len(modules))
         return
-    worst = min(changed, key=lambda m: m.kept)
-    ranks = sorted(m.known.rank for m in changed)
-    low_rank = worst.kept >= _LOW_RANK
+    worst = min(kept, key=kept.__getitem__)
+    ranks = sorted(m.known.rank for m in modules if m.known is not None and m.kept is not None)
+    low_rank = kept[worst] >= _LOW_RANK
     LOG.log(
         logging.INFO if low_rank else logging.WARNING,
         "%s: of %d weights %d differ from the base's; factors of rank %s keep %.1f %% of ||W - W_base||^2 "
         "on average, %.1f %% of %s%s",
         adapter.name,
         len(modules),
-        len(changed),
+        len(kept),
         ranks[0] if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}",
-        100 * sum(m.kept for m in changed) / len(changed),
-        100 * worst.kept,
-        worst.tensor,
+        100 * sum(kept.values()) / len(kept),
+        100 * kept[worst],
+        worst,
         "" if low_rank else "; the rest is lost: raise extract_rank, or give extract_energy",
     )
 

@@ -25,10 +25,10 @@ and one that takes a part out of the base also names the function that computes 
 import logging
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -43,6 +43,12 @@ MERGE_FIRST = "merge it into its base with PEFT's merge_and_unload and use the m
 TO_LORA = f"convert it to LoRA with PEFT's save_as_lora, or {MERGE_FIRST}"  # of kinds that PEFT can convert
 _CONVERT = "its base was altered at training; convert it with PEFT's path_initial_model_for_weight_conversion"
 _DIRECTLY = "a tensor trained directly"
+
+
+class TakenPart(Protocol):
+    """Computes what training took out of a tensor of the base."""
+
+    def __call__(self, W: Tensor, rank: int, scale: float) -> LoraFactors: ...
 
 
 @dataclass(frozen=True)
@@ -64,9 +70,7 @@ class Kind:
     what: str = ""  # what it is, in the sentence that refuses it
     way_out: str = ""  # what the user should do, or why nothing can be done
     training_only: str = ""  # pattern of names of tensors that are needed for its training only
-    base_part: Callable[[Tensor, int, float], LoraFactors] | None = (
-        None  # (W, rank, scale) -> what it took out of W
-    )
+    base_part: TakenPart | None = None  # what it took out of the base
 
     # In a PEFT model in memory.
     in_memory: bool = True  # whether it may be merged there: there is nothing to it but its factors

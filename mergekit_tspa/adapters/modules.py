@@ -21,6 +21,7 @@ class BasePart:
     def factors(self, device: torch.device | str | None) -> LoraFactors:
         """The part, computed in float32 when it is first asked for, and kept: it costs a decomposition."""
         if self.known is None:
+            assert self.read is not None  # `Adapter.factors` refuses it
             self.known = self.of(self.read().to(device, torch.float32))
         return self.known
 
@@ -78,6 +79,6 @@ class Change(NamedTuple):
 
     def equals(self, other: "Change") -> bool:
         return self.added == other.added and all(
-            (one is None) == (two is None) and (one is None or torch.equal(one, two))
+            (one is None) == (two is None) and (one is None or two is None or torch.equal(one, two))
             for one, two in ((self.value, other.value), (self.rows, other.rows))
         )

@@ -234,7 +234,7 @@ def _expanded(
 
 def _base_part(config: Mapping[str, Any], rank: int, scale: float) -> BasePart | None:
     part = next((kind.base_part for kind in kinds_of(config) if kind.base_part), None)
-    return part and BasePart(partial(part, rank=rank, scale=scale))
+    return BasePart(partial(part, rank=rank, scale=scale)) if part else None
 
 
 def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str, file: Path) -> Any:
@@ -243,7 +243,7 @@ def _setting(config: Mapping[str, Any], pattern: str, default: str, module: str,
 
     values = config[pattern] or {}
     try:
-        return values.get(get_pattern_key(values.keys(), module), config[default])
+        return values.get(get_pattern_key(list(values), module), config[default])
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(
             f"{file}: {pattern} of adapter_config.json holds no regular expression ({error})"

@@ -62,12 +62,13 @@ class ModelTensors:
         Raises:
             InputError: a name matches no tensor, or two names match the same one.
         """
-        found = {name: self.find(name) for name in wanted}
-        missing = [name for name, tensor in found.items() if tensor is None]
+        known = {name: self.find(name) for name in wanted}
+        found = {name: tensor for name, tensor in known.items() if tensor is not None}
+        missing = [name for name in known if name not in found]
         if missing:
             listed = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
             raise InputError(
-                f"{adapter}: {len(missing)} of {len(found)} adapted tensors match no tensor of {self.name}: "
+                f"{adapter}: {len(missing)} of {len(known)} adapted tensors match no tensor of {self.name}: "
                 f"{listed} (nearest name there: {self._names.nearest(missing[0])}); was the adapter trained "
                 "on another base model, or does it have a bias that the base does not have, or a head (save "
                 "the base with that one)?"
@@ -101,6 +102,7 @@ class ModelTensors:
 
     def part(self, tensor: str) -> Tensor:
         """The values of a tensor, or of one expert of a fused one."""
+        assert self.read is not None
         whole, bracket, expert = tensor.partition("[")
         return self.read(whole)[int(expert[:-1])] if bracket else self.read(whole)
 
@@ -152,9 +154,10 @@ class ModelTensors:
                 continue
             operations = [type(operation).__name__ for operation in getattr(conversion, "operations", ())]
             if operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-                expert = int(re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)[1])
+                found = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+                assert found is not None  # as `rename_source_key` found this pattern
                 rows, position = self.shapes[tensor][0], conversion.source_patterns.index(pattern)
-                return renamed, (expert, slice(position * rows, (position + 1) * rows))
+                return renamed, (int(found[1]), slice(position * rows, (position + 1) * rows))
             if not operations:
                 name = renamed
         return name, ()

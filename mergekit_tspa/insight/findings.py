@@ -4,7 +4,6 @@ Advice is given only where merges of more than one set of adapters were measured
 so. Everything else is a fact, and the person who reads it decides.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from math import nan
@@ -87,11 +86,11 @@ def _sizes(ins: Inspection) -> Iterator[Finding]:
 
 
 def _largest_kind(ins: Inspection) -> str:
-    energy = Counter()
+    energy: dict[str, float] = {}
     for place, norm in zip(ins.places, ins.measures.norm[:, 0].tolist()):
-        energy[place.kind] += norm**2
-    (kind, most), *others = energy.most_common()
-    return f", {most / energy.total():.0%} of its energy in {kind}" if others and most else ""
+        energy[place.kind] = energy.get(place.kind, 0.0) + norm**2
+    kind, most = max(energy.items(), key=lambda item: item[1])
+    return f", {most / sum(energy.values()):.0%} of its energy in {kind}" if len(energy) > 1 and most else ""
 
 
 def _ranks(ins: Inspection) -> Iterator[Finding]:
@@ -244,6 +243,7 @@ def _where(run: Run) -> str:
 
 
 def _survival(ins: Inspection) -> Iterator[Finding]:
+    assert ins.merge is not None
     share, cosine = ins.total_survival()
     known = sorted((t for t, value in enumerate(share.tolist()) if value == value), key=lambda t: share[t])
     if not known:

@@ -140,6 +140,7 @@ class Inspection:
 
     def survival(self) -> tuple[Tensor, Tensor]:
         """`<M, D_t> / ||D_t||^2` (m, n) and the cosine of M and D_t (m, n); NaN where nothing was merged."""
+        assert self.merge is not None
         inner, norm = self.merge.inner, self.measures.norm
         norm = norm.where(norm > 0, nan)
         merged = self.merge.norm[:, None]
@@ -147,6 +148,7 @@ class Inspection:
 
     def total_survival(self) -> tuple[Tensor, Tensor]:
         """The same over all measured modules together  # (n,), (n,)"""
+        assert self.merge is not None
         done = self.merge.measured
         norm2, inner = self.measures.norm[done].square().nansum(0), self.merge.inner[done].nansum(0)
         norm2 = norm2.where(norm2 > 0, nan)

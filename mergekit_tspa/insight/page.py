@@ -173,7 +173,7 @@ def _tables(ins: Inspection, picture: str) -> Iterator[Table]:
     elif picture == "survival":
         share, cosine = ins.total_survival()
         modules, _ = ins.survival()
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 name,
                 _number(share[t].item(), ".1%"),
@@ -235,7 +235,14 @@ def _pairs(ins: Inspection) -> Table:
                 _place(ins, worst) if shared.any() else "–",
             )
         )
-    columns = ("pair", "shared weights", "cosine", "sign conflict", "overlap read", "overlap written")
+    columns: tuple[str, ...] = (
+        "pair",
+        "shared weights",
+        "cosine",
+        "sign conflict",
+        "overlap read",
+        "overlap written",
+    )
     columns += ("smallest angle read, mean (°)", "smallest angle written, mean (°)", "smallest cosine", "in")
     return "Pairs", columns, rows, (9,)
 

@@ -6,7 +6,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -51,7 +51,12 @@ class Picture(NamedTuple):
     draw: Callable[[Theme], Figure]
 
     def png(self, theme: Theme) -> bytes:
-        style = {"text.parse_math": False, "font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left"}
+        style: dict[Any, Any] = {  # the type of a name lists them all
+            "text.parse_math": False,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.titlelocation": "left",
+        }
         style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), theme.text)
         style |= dict.fromkeys(("xtick.color", "ytick.color"), theme.text)
         with matplotlib.rc_context(style), warnings.catch_warnings():
@@ -326,12 +331,11 @@ def _stage_pictures(ins: Inspection) -> Iterator[Picture]:
         Strip(stage.name, _by_layer(where, stage.angles, ins.layers), "degrees")
         for stage, where in zip(stages, layers)
     ]
-    yield _strips_picture(
-        *("angles", "Rotation angles"),
+    caption = (
         "How far each adapter is turned: the angle whose cosine is the mean cosine of its rotation. 0: not "
-        "at all, 90: on average perpendicular. Turns belong to the factors as they are stored.",
-        *(angles, ins.names, ins.layers),
+        "at all, 90: on average perpendicular. Turns belong to the factors as they are stored."
     )
+    yield _strips_picture("angles", "Rotation angles", caption, angles, ins.names, ins.layers)
     scales = [
         Strip(stage.name, _by_layer(where, stage.scales.log2(), ins.layers), "log₂ s", 0.1, 0.0)
         for stage, where in zip(stages, layers)
@@ -353,8 +357,7 @@ def _draw_objectives(
     ax.patch.set_alpha(0)
     for name, share, colour, marker in zip(names, shares, theme.lines, "os^"):
         known = [i for i, value in enumerate(share.tolist()) if value == value]
-        line = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
-        ax.plot(known, share[known], label=name, **line)
+        ax.plot(known, share[known], label=name, color=colour, marker=marker, markersize=4, linewidth=1)
     ax.set_ylabel("objective, end / start")
     ax.set_ylim(0)
     ax.spines[["top", "right"]].set_visible(False)

@@ -66,10 +66,10 @@ def _merge_some(
     some = plan.only(lambda name: Place.of(name).layer in layers)
     sources = {tensor.name: tensor.sources for tensor in some.tensors}
     index = {tensor: i for i, tensor in enumerate(inspection.tensors)}
-    stage = plan.method.name if result else "timing one layer"
+    shown = plan.method.name if result else "timing one layer"
 
-    def told(_stage: str, done: float, left: float | None = None) -> None:
-        progress(stage, done)
+    def told(stage: str, done: float, left: float | None = None) -> None:
+        progress(shown, done)
 
     for updates, reports in merge_chunks(some, list(some.chunks(budget)), device, told):
         for name, update in updates.items():
@@ -81,4 +81,4 @@ def _merge_some(
                 result.norm[index[name]] = norm.cpu()
         if result:
             result.reports += reports
-    progress(stage, 1.0)
+    progress(shown, 1.0)

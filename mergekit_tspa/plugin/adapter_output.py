@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ConfigDict
 
 from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.errors import InputError
@@ -34,7 +33,7 @@ from mergekit_tspa.plugin.compat import (
 from mergekit_tspa.plugin.output import refuse_inputs
 from mergekit_tspa.plugin.planning import MergeTasks, PlannedRecipe, log_task, merge_of
 from mergekit_tspa.plugin.recipe import leaves_out, span
-from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields
+from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields, device_of
 from mergekit_tspa.updates import LowRank
 
 
@@ -52,10 +51,9 @@ class AdapterFile:
     card: str
 
 
-class SaveAdapter(Task[None], frozen=True):
+class SaveAdapter(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Collect the updates of all weights, which are small, and write them."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     updates: tuple[TakeUpdate, ...]
     file: AdapterFile
 
@@ -105,7 +103,7 @@ def adapter_file(recipe: PlannedRecipe, directory: Path, source: str | None = No
         directory=directory,
         base=str(config.base_model),
         task_type=task_type_of(base.config),
-        dtype=dtype_from_name(named) if named else own_dtype(tensors),
+        dtype=dtype_from_name(named) or own_dtype(tensors),
         card=adapter_card(config, weight_ranges(recipe.merge), source or config.to_yaml()),
     )
 
@@ -147,10 +145,12 @@ def write_merged_adapter(
     plan(planner)
     merge = merge_of(planner)
     save = adapter_task(merge, out_path, source)
-    tasks = [save, log_task(merge, save)]
+    tasks: list[Task] = [save, log_task(merge, save)]
+    cpu = torch.device("cpu")
     if merge_options.multi_gpu:
-        executor = MultiGPUExecutor(targets=tasks, storage_device="cpu")
+        executor: MultiGPUExecutor | Executor = MultiGPUExecutor(targets=tasks, storage_device=cpu)
     else:
-        executor = Executor(targets=tasks, math_device=merge_options.device, storage_device="cpu")
+        math_device = device_of(merge_options.device)
+        executor = Executor(targets=tasks, math_device=math_device, storage_device=cpu)
     for _ in executor.run(quiet=merge_options.quiet):
         pass

@@ -41,7 +41,7 @@ from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import PlannedRecipe, merge_of
 from mergekit_tspa.plugin.recipe import complete, sources
 from mergekit_tspa.plugin.recipe_file import faults_of
-from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
+from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, adapter_loader, base_loader
 from mergekit_tspa.plugin.spelling import UnreadableRecipe
 
 T = TypeVar("T")
@@ -120,9 +120,8 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
         if run.forecast:
             run.warnings += run.forecast.warnings()
             plan = run.forecast.plan
-            if plan.guide:
-                seen = attempt(problems, "texts", lambda: reading_plan(plan.tensors, plan.guide))
-                run.reading = seen or []
+            if guide := plan.guide:
+                run.reading = attempt(problems, "texts", lambda: reading_plan(plan.tensors, guide)) or []
     run.warnings = [
         *dict.fromkeys(run.warnings)
     ]  # what is seen of an adapter is said again when it is planned
@@ -160,11 +159,11 @@ def _see(reference: ModelReference, fit: bool) -> SeenAdapter:
         InputError: it is not readable or does not fit.
     """
     if isinstance(reference, FullModelReference):
-        return SeenAdapter(LoaderCache().get(reference).adapter, "full model", {})
+        return SeenAdapter(adapter_loader(reference).adapter, "full model", {})
     lora = reference.lora
     directory = locate_adapter(lora.path, lora.revision, LoaderCache().hf_cache_dir)
     if fit and isinstance(reference, AdapterReference):
-        adapter = LoaderCache().get(reference).adapter
+        adapter = adapter_loader(reference).adapter
     else:
         adapter = read_adapter(directory, str(lora))
     return SeenAdapter.of(adapter, kind_of(directory))
@@ -181,7 +180,7 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
     planner.plan_to_disk(os.devnull)  # where no earlier merge lies
     tasks = merge_of(planner)
     recipe = tasks.recipe
-    index = LoaderCache().get(config.base_model).index
+    index = base_loader(config).index
     return Forecast(
         plan=recipe.merge,
         base=str(config.base_model),
@@ -200,7 +199,7 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
 def _stored(planner: MergePlanner, recipe: PlannedRecipe) -> dict[str, StoredAs | None]:
     """How the output's tensors will be stored; None for those that the base does not have."""
     config, base = recipe.config, recipe.base
-    loader = LoaderCache().get(config.base_model)
+    loader = base_loader(config)
     headers = Checkpoint(loader.index.base_path).headers
     stored: dict[str, StoredAs | None] = {}
     for weight in recipe.weights:
@@ -235,11 +234,19 @@ def attempt(problems: list[str], what: Any, call: Callable[[], T]) -> T | None:
     return None
 
 
+class _Collector(logging.Handler):
+    def __init__(self, warnings: list[str]):
+        super().__init__(logging.WARNING)
+        self.warnings = warnings
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
+
+
 @contextmanager
 def _collected(warnings: list[str]) -> Iterator[None]:
     """Warnings that are logged become part of the report."""
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())
+    handler = _Collector(warnings)
     logging.getLogger().addHandler(handler)
     try:
         yield

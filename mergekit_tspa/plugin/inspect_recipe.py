@@ -5,11 +5,11 @@ from mergekit_tspa.insight.inspection import Inspection, inspect_plan
 from mergekit_tspa.insight.survival import merge_layers
 from mergekit_tspa.methods.inputs import Progress
 from mergekit_tspa.plugin.adapter_output import make_planner
-from mergekit_tspa.plugin.compat import LoaderCache, MergeConfiguration, MergeOptions
+from mergekit_tspa.plugin.compat import MergeConfiguration, MergeOptions
 from mergekit_tspa.plugin.compat import plan as plan_tensors
 from mergekit_tspa.plugin.planning import CPU_BYTES, merge_of
 from mergekit_tspa.plugin.recipe import sources
-from mergekit_tspa.plugin.references import FullModelReference
+from mergekit_tspa.plugin.references import FullModelReference, adapter_loader
 
 
 def inspect_recipe(
@@ -31,7 +31,7 @@ def inspect_recipe(
     adapters, kinds, notes = [], [], []
     models = dict.fromkeys(source.model for source in sources(config))
     for reference in [model for model in models if model != config.base_model]:
-        adapter = LoaderCache().get(reference).adapter  # type: ignore[attr-defined]  # a LoraLoader
+        adapter = adapter_loader(reference).adapter
         if adapter not in used:
             reason = "has tensors trained directly only" if not adapter.modules else "has weight 0 everywhere"
             notes.append(f"{adapter.name}: it {reason}, and is left out here")

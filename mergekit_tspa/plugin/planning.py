@@ -4,10 +4,12 @@ mergekit's.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
@@ -24,7 +26,6 @@ from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
 from mergekit_tspa.plugin.compat import (
     ExecuteMergeMethodTask,
     GatherTensors,
-    LoaderCache,
     MergeConfiguration,
     MergeOptions,
     MergePlanner,
@@ -38,7 +39,7 @@ from mergekit_tspa.plugin.compat import (
 )
 from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, TEXTS, dense_message
 from mergekit_tspa.plugin.recipe import filters
-from mergekit_tspa.plugin.references import AdapterReference, LoraLoader
+from mergekit_tspa.plugin.references import AdapterReference, LoraLoader, adapter_loader, base_loader
 from mergekit_tspa.plugin.tasks import (
     ApplyUpdates,
     FinishRecords,
@@ -98,7 +99,7 @@ def replace_tasks(planner: MergePlanner) -> None:
     Tensors whose vocabulary mergekit aligns keep their stock task.
     """
     tasks = make_tasks(plan_recipe(planner))
-    ours = {**tasks.recipe.loads, **tasks.applied}
+    ours: dict[str, Task] = {**tasks.recipe.loads, **tasks.applied}
     tensors = planned_tensors(planner)
     tensors[:] = [(weight, ours.get(weight.name, task)) for weight, task in tensors]
     planner.adapter_merge = tasks  # type: ignore[attr-defined]  # beside the tensors that it is the plan of
@@ -106,7 +107,14 @@ def replace_tasks(planner: MergePlanner) -> None:
 
 def merge_of(planner: MergePlanner) -> MergeTasks:
     """What `replace_tasks` made of a planner's recipe."""
-    return planner.adapter_merge  # type: ignore[attr-defined,no-any-return]
+    return planner.adapter_merge  # type: ignore[attr-defined]
+
+
+def _stock_tasks(planner: MergePlanner) -> Iterator[tuple[WeightInfo, ExecuteMergeMethodTask]]:
+    """The output's tensors and mergekit's own tasks of them, before `replace_tasks`."""
+    for weight, task in planned_tensors(planner):
+        assert isinstance(task, ExecuteMergeMethodTask)
+        yield weight, task
 
 
 def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
@@ -122,10 +130,10 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     touched: dict[ModelReference, set[str]] = {}
     loads: dict[str, LoadBase] = {}
     wanted: list[Wanted] = []
-    for weight, task in planned_tensors(planner):
+    for weight, task in _stock_tasks(planner):
         for reference in task.model_order:
             if isinstance(reference, AdapterReference) and reference not in adapters:
-                adapters[reference] = LoaderCache().get(reference)
+                adapters[reference] = adapter_loader(reference)
         if isinstance(task.gather_tensors, GatherTensors):
             loads[weight.name] = _base_of(task)
             wanted += _wanted(method, weight.name, task, touched)
@@ -137,16 +145,22 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     names = [weight.name for weight, _ in planned_tensors(planner)]
     for unmatched in sorted(f for f in filters(config) if not any(f in name for name in names)):
         LOG.warning("filter %r is in the name of no tensor", unmatched)
+
+    def read(name: str) -> Tensor:
+        W = unconverted[name].execute()
+        assert W is not None
+        return W
+
     guide = None
     if method.guided:
-        directory = LoaderCache().get(config.base_model).index.base_path
+        directory = base_loader(config).index.base_path
         guide = Guide(_base_tensors(config, options), Path(directory), _text_sources(planner, adapters))
     merge = plan_merge(
         method,
         [loader.adapter for loader in adapters.values()],
         bases={name: load.tensor for name, load in loads.items()},
         wanted=wanted,
-        read=lambda name: unconverted[name].execute(),
+        read=read,
         shapes=_shapes(config, unconverted) if method.attention else None,
         geometry_of=_geometry(config, options) if method.attention else None,
         guide=guide,
@@ -313,7 +327,7 @@ def _wanted(
     for reference in task.model_order:
         if not isinstance(reference, AdapterReference):
             continue
-        loader = LoaderCache().get(reference)
+        loader = adapter_loader(reference)
         done = touched.setdefault(reference, set())
         given = infos.get(reference, shared)
         parts: Mapping[str, Index] = next(
@@ -329,12 +343,15 @@ def _wanted(
         done.update(parts)
         for part, index in parts.items():
             unique = name if index == () else part if name == given.name else f"{name}: {part}"
-            want = wanted.setdefault(unique, Wanted(name, base, unique, index, [], [], parameters))
+            want = wanted.get(unique, Wanted(name, base, unique, index, [], [], parameters))
             weight = task.input_parameters[reference]["weight"]
             if part in loader.modules:
-                want.sources.append((loader.adapter, loader.modules[part], weight))
+                source = (loader.adapter, loader.modules[part], weight)
+                want = want._replace(sources=[*want.sources, source])
             if part in loader.adapter.changes:
-                want.changes.append((loader.adapter, loader.adapter.changes[part], weight))
+                change = (loader.adapter, loader.adapter.changes[part], weight)
+                want = want._replace(changes=[*want.changes, change])
+            wanted[unique] = want
     return wanted.values()
 
 
@@ -343,10 +360,11 @@ def _text_sources(
 ) -> dict[Adapter, TextSource]:
     """Where each adapter's texts come from, by the recipe."""
     sources = {}
-    for _, task in planned_tensors(planner):
+    for _, task in _stock_tasks(planner):
         for reference in task.model_order:
             if reference in adapters:
-                given = [task.input_parameters[reference].get(spec.name) or None for spec in TEXTS]
+                settings = dict(task.input_parameters[reference].items())
+                given = [settings.get(spec.name) or None for spec in TEXTS]
                 examples, calibration = (text and os.path.expanduser(text) for text in given)
                 sources[adapters[reference].adapter] = TextSource(examples, calibration and Path(calibration))
     return sources
@@ -355,13 +373,13 @@ def _text_sources(
 def _refuse_dense(method: Method, name: str, task: ExecuteMergeMethodTask) -> None:
     """A tensor whose vocabulary mergekit aligns reaches the method dense."""
     for reference in task.model_order:
-        if isinstance(reference, AdapterReference) and name in (loader := LoaderCache().get(reference)).parts:
+        if isinstance(reference, AdapterReference) and name in (loader := adapter_loader(reference)).parts:
             raise InputError(dense_message(method, name, loader.adapter.name))
 
 
 def _check_touched(touched: Mapping[ModelReference, set[str]]) -> None:
     for reference, tensors in touched.items():
-        loader = LoaderCache().get(reference)
+        loader = adapter_loader(reference)
         missing = loader.adapted - tensors
         if not tensors:
             raise InputError(
@@ -378,18 +396,18 @@ def _check_touched(touched: Mapping[ModelReference, set[str]]) -> None:
 
 def _shapes(config: MergeConfiguration, loads: Mapping[str, LoadBase]) -> dict[str, tuple[int, ...] | None]:
     """Shapes of the output's tensors; None for those that mergekit converts when it reads them."""
-    loader = LoaderCache().get(config.base_model)
+    loader = base_loader(config)
     shapes = Checkpoint(loader.index.base_path).shapes()
-    return {name: shapes.get(stored_name(load, loader)) for name, load in loads.items()}
+    return {name: shapes.get(stored_name(load, loader) or "") for name, load in loads.items()}
 
 
-def _geometry(config: MergeConfiguration, options: MergeOptions):
+def _geometry(config: MergeConfiguration, options: MergeOptions) -> Callable[[str], AttentionGeometry]:
     """Head counts of a block, from the base's configuration."""
     model = config.base_model.config(options.trust_remote_code).to_dict()
     return cache(lambda block: AttentionGeometry.from_config(model, block))
 
 
 def _base_tensors(config: MergeConfiguration, options: MergeOptions) -> ModelTensors:
-    checkpoint = Checkpoint(LoaderCache().get(config.base_model).index.base_path)
+    checkpoint = Checkpoint(base_loader(config).index.base_path)
     model = config.base_model.config(options.trust_remote_code)
     return ModelTensors.of(str(config.base_model), checkpoint, model.to_dict())

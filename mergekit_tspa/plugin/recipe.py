@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ def complete(config: MergeConfiguration, options: MergeOptions, absent: Set[str]
             return Completed(config, [*faults, *found])
     faults += _check_tokenizers(config, options, absent)
     faults += _complete_sources(config, options, absent, parameters=not flawed)
+    assert config.base_model is not None  # `_complete_base` found no fault
     for output_slice in _slices(config):
         faults += _append_base(output_slice, config.base_model)
     return Completed(config, faults)
@@ -96,7 +97,9 @@ def adopt_modules(config: MergeConfiguration, architecture: ModelArchitecture) -
     """Take modules that the recipe leaves out, such as a vision tower, from the base; mergekit would not
     write them.
     """
-    for name in architecture.modules if config.modules else ():
+    if not config.modules:
+        return
+    for name in architecture.modules:
         if name in config.modules:
             continue
         LOG.info("module %s is not in the recipe: it is the base's", name)
@@ -143,11 +146,13 @@ def _slices(config: MergeConfiguration) -> Iterator[OutputSliceDefinition]:
         yield from module.slices or ()
 
 
-def _groups(config: MergeConfiguration) -> Iterator[tuple[list[Source], list[Holder]]]:
+def _groups(config: MergeConfiguration) -> Iterator[tuple[Sequence[Source], list[Holder]]]:
     """The lists of inputs that are merged with each other, and where their parameters may be, innermost
     first.
     """
-    for scope, outer in ((config, []), *((module, [config]) for module in (config.modules or {}).values())):
+    scopes: list[MergeConfiguration | OutputModuleDefinition] = [config, *(config.modules or {}).values()]
+    for scope in scopes:
+        outer: list[Holder] = [] if scope is config else [config]
         if scope.models:
             yield scope.models, [scope, *outer]
         for output_slice in scope.slices or ():
@@ -272,6 +277,7 @@ def _complete_sources(
         parameters: whether those of the recipe can be relied on; the defaults are taken otherwise
     """
     base, method = config.base_model, METHODS[config.merge_method]
+    assert base is not None
     for group, holders in _groups(config):
         seen = set()
         for source in group:
@@ -320,7 +326,8 @@ def filters(config: MergeConfiguration) -> set[str]:
     holders = [holder for group, outer in _groups(config) for holder in (*group, *outer)]
     settings = [setting for holder in holders for setting in (holder.parameters or {}).values()]
     given = [part for setting in settings for part in (setting if isinstance(setting, list) else [setting])]
-    return {part.filter for part in given if isinstance(part, ConditionalParameter)} - {None, "*"}
+    named = {part.filter for part in given if isinstance(part, ConditionalParameter)}
+    return {part for part in named if part not in (None, "*")}
 
 
 def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
@@ -426,8 +433,9 @@ def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> I
 def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[InputError]:
     """mergekit ignores parameters that it does not know; a misspelt one must not pass."""
     specs = {spec.name: spec for spec in AdapterMergeMethod(method).spec.parameters}
-    shared_scopes = [config, *(config.modules or {}).values(), *_slices(config)]
-    for holder in [*shared_scopes, *sources(config)]:
+    modules = (config.modules or {}).values()
+    holders: list[Holder | Source] = [config, *modules, *_slices(config), *sources(config)]
+    for holder in holders:
         for name, setting in (holder.parameters or {}).items():
             if name not in specs:
                 yield InputError(method.unknown_parameter(name))

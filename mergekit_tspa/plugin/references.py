@@ -9,7 +9,13 @@ from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, locate_
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import Index, ModelTensors
 from mergekit_tspa.merging.finish import apply_adapter
-from mergekit_tspa.plugin.compat import LazyTensorLoader, LoaderCache, ModelReference, ShardedTensorIndex
+from mergekit_tspa.plugin.compat import (
+    LazyTensorLoader,
+    LoaderCache,
+    MergeConfiguration,
+    ModelReference,
+    ShardedTensorIndex,
+)
 
 
 class AdapterReference(ModelReference, frozen=True):
@@ -50,6 +56,19 @@ class FullModelReference(AdapterReference, frozen=True):
         )
         adapter = extract_adapter(str(self.model), model, base, self.extraction)
         return LoraLoader(self.base.tensor_index(cache_dir), lazy_unpickle, base, adapter, adapter.tensors)
+
+
+def base_loader(config: MergeConfiguration) -> LazyTensorLoader:
+    """The loader of the base that a completed recipe has."""
+    assert config.base_model is not None
+    return LoaderCache().get(config.base_model)
+
+
+def adapter_loader(reference: ModelReference) -> "LoraLoader":
+    """The loader of an `AdapterReference`."""
+    loader = LoaderCache().get(reference)
+    assert isinstance(loader, LoraLoader)
+    return loader
 
 
 class LoraLoader(LazyTensorLoader):

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ConfigDict
 
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.alignment.attention import SideGrams
@@ -50,10 +49,9 @@ class LoadBase(LoadTensor, Task[torch.Tensor], frozen=True):
     """
 
 
-class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
+class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True, arbitrary_types_allowed=True):
     """Read the base tensor of one side of an attention pair and keep its Grams."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     source: SideSource
     device: str | None
 
@@ -66,13 +64,13 @@ class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True):
     def execute(self) -> tuple[torch.Tensor, ...]:
         # The tensor is read here, not through an argument, which the executor would keep until it is written.
         source = self.source
+        assert source.plan.read is not None
         return tuple(load_side(source.pair, source.side, source.plan.read, device_of(self.device)))
 
 
-class SurveyModel(Task[dict], frozen=True):
+class SurveyModel(Task[dict], frozen=True, arbitrary_types_allowed=True):
     """What a method knows of all tensors beforehand: statistics of the adapters, or what texts say."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     work: Work  # of all tensors
     device: str | None
     quiet: bool
@@ -91,10 +89,9 @@ class SurveyModel(Task[dict], frozen=True):
             return dict(survey_plan(self.work.plan, device_of(self.device), bar.update) or {})
 
 
-class MergeChunk(Task[dict], frozen=True):
+class MergeChunk(Task[dict], frozen=True, arbitrary_types_allowed=True):
     """Merge the adapters of many tensors at once; their factors are in memory already."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     work: Work
     sides: tuple[LoadSide, ...]  # of each pair x, y
     survey: SurveyModel | None
@@ -163,10 +160,9 @@ class Target:
     output: OutputTensor
 
 
-class ApplyUpdates(Task[torch.Tensor], frozen=True):
+class ApplyUpdates(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True):
     """The base's tensor with its parts updated in the precision of the updates, rounded once."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     base: LoadTensor
     target: Target
     updates: tuple[TakeUpdate, ...]
@@ -187,12 +183,11 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True):
             return finish_tensor(self.target.output, W, merged, dtype_from_name(self.dtype))
 
 
-class LogMerge(Task[None], frozen=True):
+class LogMerge(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Once the merge is written, say what the solvers did, and what of updates and full models was left
     out.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     finish: Task  # which writes the last of it
     reports: tuple[TakeReports, ...]
     adapters: tuple[Adapter, ...]
@@ -215,10 +210,9 @@ class EarlierWeights:
     files: dict[str, tuple[int, int]]
 
 
-class ClearEarlier(Task[None], frozen=True):
+class ClearEarlier(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Once the weights are written, take away those of an earlier merge that they did not replace."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     finish: Task
     earlier: EarlierWeights
 
@@ -240,10 +234,9 @@ class RecordSource:
     tensor: TensorPlan
 
 
-class SaveRecord(Task[None], frozen=True):
+class SaveRecord(Task[None], frozen=True, arbitrary_types_allowed=True):
     """Write what the method keeps of a tensor beside the model, such as EMR's masks."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     source: RecordSource
     label: str
     survey: SurveyModel | None
