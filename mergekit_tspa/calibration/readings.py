@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
     self_texts: int = 32  # how many an adapter writes by itself
     new_tokens: int = 110  # an answer that an adapter writes has at most so many
-    temperature: float = 1.0  # of what it writes; 0 takes the likeliest token
+    temperature: float = 0.7  # of what it writes; 0 takes the likeliest token
     seed: int = 42
     batch_tokens: int = BATCH_TOKENS
     memory: float | None = None  # GiB for the base; by default most of what is free

@@ -221,7 +221,7 @@ def _fields(parameters: type[Parameters]) -> list[str]:
 
 
 def _paper(paper: str, url: str) -> str:
-    return f"[{paper}]({url})"
+    return f"[{paper}]({url})" if url else paper
 
 
 def _line(cells) -> str:

@@ -39,7 +39,7 @@ class TextParameters(Parameters):
     seed: int = Field(42, ge=0, lt=2**63, description="seed of the answers that adapters write themselves")
     self_texts: int = Field(32, ge=2, description="texts that an adapter writes where `examples: self`")
     new_tokens: int = Field(110, ge=1, description="tokens of an answer that an adapter writes, at most")
-    temperature: float = Field(1.0, ge=0, le=2, description="of what adapters write; 0: the likeliest token")
+    temperature: float = Field(0.7, ge=0, le=2, description="of what adapters write; 0: the likeliest token")
     batch_tokens: int = Field(4096, ge=16, description="tokens that are read at once; fewer need less memory")
     memory: float | None = Field(
         None, gt=0, description="GiB for the base, which is streamed if it is larger; what is free"
