@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.adapters import Adapter, ExtractedModule
 from mergekit_tspa.base.names import TensorNames
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.calibration.batches import Batch, Texts, make_batches
@@ -53,7 +53,7 @@ class Singles:
         names = [adapter.name for adapter in adapters]
         if len(set(names)) < len(names):
             raise InputError(f"adapters must have different names, not {', '.join(names)}")
-        fitted = {adapter.name: adapter.fit(base) for adapter in adapters}
+        fitted = {adapter.name: _fitted(adapter, base) for adapter in adapters}
         tensors = dict.fromkeys(tensor for _, modules in fitted.values() for tensor in modules)
         self.layers = find_layers(model, base, tensors)
         self.factors = {
@@ -181,6 +181,13 @@ class Singles:
             values[found] = W.float().clone()
             values[found][rows] += change.difference(W[rows])
         return values
+
+
+def _fitted(adapter: Adapter, base: ModelTensors) -> tuple[Adapter, Mapping[str, str]]:
+    """The adapter, and `{tensor: module that updates it}`; a full model's have the base's names already."""
+    if any(isinstance(module, ExtractedModule) for module in adapter.modules.values()):
+        return adapter, adapter.tensors
+    return adapter.fit(base)
 
 
 class Pace:

@@ -1,5 +1,7 @@
 """Methods that look at texts: against plain formulas on what PEFT's own models see, and what they promise."""
 
+import shutil
+
 import pytest
 import torch
 from peft import PeftModel
@@ -296,6 +298,20 @@ def test_few_and_long_texts_are_told(speaking, tmp_path, caplog):
     context = load_model(base).config.max_position_embeddings
     assert f"code: 3 of 3 texts are longer than the model's context of {context} tokens" in caplog.text
     assert "its 4 texts have" in caplog.text and "w14" not in caplog.text
+
+
+def test_a_full_model_reads_its_texts_beside_an_adapter(speaking, tmp_path):
+    base, adapters, texts = speaking
+    tuned = shutil.copytree(base, tmp_path / "tuned")
+    model = PeftModel.from_pretrained(load_model(base), adapters[0]).merge_and_unload()
+    model.model.norm.weight.data += 0.1  # a tensor that is no low-rank update
+    model.save_pretrained(tuned)
+    one = merge_adapters("regmean", [tuned], base=base, examples=texts[:1], lambda_=1.0, extract_rank=3)
+    plain = merge_adapters("lora_task_arithmetic", adapters[:1], base=base)
+    for module, update in plain.items():
+        assert relative_error(one[module].dense(), update.dense()) < 0.02
+    both = merge_adapters("regmean", [tuned, adapters[1]], base=base, examples=texts, extract_rank=3)
+    assert "model.norm" in both and plain.keys() <= both.keys()
 
 
 @pytest.mark.parametrize("method", GUIDED)
