@@ -328,3 +328,13 @@ def test_merging_in_one_pass_equals_layer_by_layer(family):
     last, names = next((tensor, names) for tensor, names in reversed(several.items()) if len(names) > 1)
     separate = solve(last, {name: alone[name][last] for name in names})
     assert relative_error(separate.dense(), expected[last].dense()) > 0.01
+
+
+def test_a_tensor_that_is_never_multiplied_is_named(llama, adapters, monkeypatch):
+    singles = singles_of(llama, adapters[:1])
+    layer = next(iter(singles.layers.values()))
+    # The attention takes its query from another layer, so the adapted one is there and never called.
+    attention = singles.model.model.layers[0].self_attn
+    monkeypatch.setattr(attention, "q_proj", torch.nn.Linear(64, 64, bias=False))
+    with pytest.raises(InputError, match=f"{layer.tensor}: the model multiplies with it in a way"):
+        input_statistics(singles, random_texts(singles.names))

@@ -121,7 +121,7 @@ def test_lambda_is_found_by_the_texts(speaking):
     base, adapters, texts = speaking
     found, plain = merged("regmean", speaking), merged("regmean", speaking, lambda_=1.0)
     scale = found["model.layers.0.self_attn.q_proj"].norm() / plain["model.layers.0.self_attn.q_proj"].norm()
-    assert 0.25 <= scale <= 2.5
+    assert 0.25 <= scale <= 2.5 and abs(scale - 1) > 1e-3
     for module in found:
         assert relative_error(found[module].dense(), scale * plain[module].dense()) < 1e-4
     singles = singles_of(base, adapters)
@@ -134,6 +134,17 @@ def test_lambda_is_found_by_the_texts(speaking):
         return sum(some[name].divergence / none[name].divergence for name in some)
 
     assert divergence(found) <= divergence(plain) * (1 + 1e-3)
+
+
+def test_layers_above_see_the_merged_ones_at_their_length(speaking):
+    """RegMean++ with twice the length: the first layer's query has twice the update, later ones have another."""
+    once, twice = (merged("regmean_plus", speaking, lambda_=length) for length in (1.0, 2.0))
+    first, above = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    assert relative_error(twice[first].dense(), 2 * once[first].dense()) < 1e-5
+    assert relative_error(twice[above].dense(), 2 * once[above].dense()) > 1e-4
+    plain = merged("regmean", speaking, lambda_=1.0)
+    assert relative_error(once[first].dense(), plain[first].dense()) < 1e-4
+    assert relative_error(once[above].dense(), plain[above].dense()) > 1e-4
 
 
 def test_distillation_comes_closer_than_its_start(speaking, tmp_path):
