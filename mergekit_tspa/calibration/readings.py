@@ -1,7 +1,7 @@
 """What a base model and its adapters say of a merge's texts; each thing is made when it is first wanted."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from mergekit_tspa.calibration.score import Answers, single_answers
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Singles
 from mergekit_tspa.calibration.store import hash_adapter, hash_base, load_statistics
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.updates import Dense, LowRank
 
 SELF = "self"
 FEW_TOKENS = 256  # of an adapter's texts; below this the ridge has much to say
@@ -75,6 +76,8 @@ class Readings:
         self.base, self.directory, self.sources, self.how = base, directory, sources, how or Reading()
         self.device, self.progress = torch.device(device), progress
         self.warnings: list[str] = []  # of what was read so far; numbers, and no text
+        # What another method makes of the same adapters, given it and its parameters: tensors and updates.
+        self.merged_by: Callable[..., Iterable[tuple[str, LowRank | Dense]]] | None = None
         self._model, self._tokenizer = model, tokenizer
 
     @property

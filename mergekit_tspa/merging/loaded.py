@@ -65,7 +65,7 @@ def add_merged_adapter(
     context: dict[str, Any] = {"device": next(model.parameters()).device}
     if row and (row.attention or row.guided):
         context["base"] = _tensors(base)
-    if row and row.attention:
+    if row and (row.attention or "start" in parameters):  # of distill
         context["geometry"] = AttentionGeometry.from_config(LoraModel.get_model_config(base))
     if row and row.guided:
         context |= {"model": base, "tokenizer": tokenizer, "examples": examples}

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter, ExtractedModule, log_kept
 from mergekit_tspa.alignment.attention import SideGrams
+from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import finite, product_overflows
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.pair_plans import load_side
 from mergekit_tspa.merging.plan import Chunk, MergePlan
-from mergekit_tspa.methods.inputs import Pair, Progress, Survey, TensorInputs, silent
+from mergekit_tspa.methods.inputs import Pair, Parameters, Progress, Survey, TensorInputs, silent
 from mergekit_tspa.methods.method import Merged, Method, prepared
 from mergekit_tspa.methods.report import Report, Truncation, summary
 from mergekit_tspa.updates import Dense, LowRank
 
 LOG = logging.getLogger(__name__)
+CHUNK_BYTES = 2**28  # of factors and solver, where a merge is one step of another
 
 Device: TypeAlias = torch.device | str | None
 Updates: TypeAlias = dict[str, LowRank | Dense]  # by tensor
@@ -42,10 +45,18 @@ def merge_plan(
 
 
 def merge_chunks(
-    plan: MergePlan, chunks: Sequence[Chunk], device: Device = None, progress: Progress = silent
+    plan: MergePlan,
+    chunks: Sequence[Chunk],
+    device: Device = None,
+    progress: Progress = silent,
+    readings: Readings | None = None,
 ) -> Iterator[tuple[Updates, Sequence[Report | Truncation]]]:
-    """The updates and reports of each chunk, one after the other."""
-    survey = survey_plan(plan, device, progress)
+    """The updates and reports of each chunk, one after the other.
+
+    Args:
+        readings: of the plan's texts, if they were begun already
+    """
+    survey = survey_plan(plan, device, progress, readings)
     for before, chunk in enumerate(chunks):
 
         def share(stage: str, done: float, left: float | None = None, before: int = before) -> None:
@@ -95,8 +106,13 @@ def merge_chunk(
     return Merged([updates[plan.name] for plan in chunk.tensors], reports)
 
 
-def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = silent) -> Survey | None:
+def survey_plan(
+    plan: MergePlan, device: Device = None, progress: Progress = silent, readings: Readings | None = None
+) -> Survey | None:
     """What the method knows of all tensors before it merges the first, or None if it wants nothing.
+
+    Args:
+        readings: of the plan's texts, if they were begun already
 
     Raises:
         InputError: a file of texts is wrong, or the base is no model that reads them.
@@ -104,11 +120,13 @@ def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = sil
     if not plan.surveys:
         return None
     if plan.method.guided and plan.guide and plan.tensors:
-        readings = plan.guide.readings(plan.tensors, device, progress)
+        begun = readings is not None
+        readings = readings or plan.guide.readings(plan.tensors, device, progress)
+        readings.merged_by = readings.merged_by or partial(_merged_by, plan, device, progress, readings)
         inputs = (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
         with _memory_is_told():
             found = plan.method.guided([w for w in inputs if w.factors], readings)
-        for warning in readings.warnings:
+        for warning in () if begun else readings.warnings:
             LOG.warning("%s", warning)
         return found
     if plan.method.survey is None:
@@ -120,6 +138,21 @@ def survey_plan(plan: MergePlan, device: Device = None, progress: Progress = sil
             if w.factors
         )
     )
+
+
+def _merged_by(
+    plan: MergePlan,
+    device: Device,
+    progress: Progress,
+    readings: Readings,
+    method: Method,
+    parameters: Parameters,
+) -> Iterator[tuple[str, LowRank | Dense]]:
+    """What another method makes of the plan's adapters, tensor by tensor."""
+    assert plan.by is not None
+    other = plan.by(method, parameters)
+    for updates, _ in merge_chunks(other, [*other.chunks(CHUNK_BYTES)], device, progress, readings):
+        yield from updates.items()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.guide import Guide, check_guide
 from mergekit_tspa.merging.outputs import OutputTensor, Part, TensorPlan, Wanted
 from mergekit_tspa.merging.pair_plans import plan_pairs
-from mergekit_tspa.methods.inputs import PairPlan
+from mergekit_tspa.methods.inputs import PairPlan, Parameters
 from mergekit_tspa.methods.method import Method
 
 LOG = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class MergePlan:
     pairs: tuple[PairPlan, ...]
     read: ReadTensor | None  # None: no base is at hand
     guide: Guide | None = None  # what a method that looks at texts is given besides
+    # The same merge by another method, or with other parameters of all tensors.
+    by: Callable[[Method, Parameters], "MergePlan"] | None = None
 
     @cached_property
     def changed(self) -> dict[str, OutputTensor]:
@@ -158,6 +160,14 @@ def plan_merge(
             carries, parameters that contradict each other, an attention layout that is not known, no base
             where one is needed.
     """
+    wanted = list(wanted)
+
+    def by(other: Method, parameters: Parameters) -> MergePlan:
+        again = [want._replace(parameters=parameters) for want in wanted]
+        return plan_merge(
+            other, adapters, bases, again, read=read, shapes=shapes, geometry_of=geometry_of, guide=guide
+        )
+
     parts: dict[str, list[Part]] = {name: [] for name in bases}
     unweighted = []
     for want in wanted:
@@ -170,7 +180,7 @@ def plan_merge(
         named = f"{silent[0]} and {len(silent) - 1} more" if silent[1:] else silent[0]
         LOG.warning("%s: all weights are zero, so the base stays as it is", named)
     outputs = tuple(OutputTensor(name, base, tuple(parts[name])) for name, base in bases.items())
-    plan = MergePlan(method, tuple(adapters), outputs, (), read, guide)
+    plan = MergePlan(method, tuple(adapters), outputs, (), read, guide, by)
     _check(plan)
     if method.guided:
         check_guide(method, [*plan.changed.values()], guide)

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from mergekit_tspa.calibration.distill import distill
 from mergekit_tspa.calibration.readings import Readings
-from mergekit_tspa.errors import InputError
-from mergekit_tspa.methods.inputs import TensorInputs, silent
+from mergekit_tspa.errors import InputError, nearest
+from mergekit_tspa.methods.inputs import Planned, TensorInputs
 from mergekit_tspa.methods.method import RANK_PARAMETER, Method
-from mergekit_tspa.methods.text_regmean import RegmeanParameters, solve_regmean
 from mergekit_tspa.methods.texts import (
     LOG,
     TextParameters,
@@ -64,28 +63,38 @@ def merge_distill(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
 def start_of(
     inputs: Sequence[TensorInputs], p: DistillParameters, readings: Readings
 ) -> Mapping[str, LoraFactors]:
-    """What the training starts from, at the rank of the result.
+    """What the training starts from: another method's result, cut to the rank of this one's.
 
     Raises:
-        InputError: there is no such method, or it looks at attention products or texts.
+        InputError: that method cannot merge these adapters.
     """
     from mergekit_tspa.methods import METHODS  # which distill is one of
 
-    if p.start == "regmean":
-        own = {name: getattr(p, name) for name in TextParameters.model_fields}
-        regmean = RegmeanParameters.model_construct(**own)
-        updates = dict(solve_regmean([w._replace(parameters=regmean) for w in inputs], readings))
-    else:
-        method = METHODS.get(p.start)
-        if method is None or method.guided or method.attention or method.equal_ranks:
-            raise InputError(
-                f"start: {p.start}: give regmean, or a method that looks at neither texts nor attention, "
-                "such as core_tsv"
-            )
-        bound = method.bind({})
-        merged = method.merge([w._replace(parameters=bound) for w in inputs], [], silent)
-        updates = {w.name: u.truncated(rank_of(w, p)) for w, u in zip(inputs, merged.updates)}
+    method = METHODS[p.start]
+    shared = {name: getattr(p, name) for name in TextParameters.model_fields if method.guided}
+    parameters = method.bind({}).model_copy(update=shared | {"lambda_": 1.0})
+    assert readings.merged_by is not None
+    ranks = {w.name: rank_of(w, p) for w in inputs}
+    updates = {
+        name: update.truncated(ranks[name])
+        for name, update in readings.merged_by(method, parameters)
+        if name in ranks
+    }
     return at_its_length(updates, p, readings, "distill")
+
+
+def check_start(planned: Sequence[Planned]) -> None:
+    """
+    Raises:
+        InputError: there is no method of that name.
+    """
+    from mergekit_tspa.methods import METHODS
+
+    for start in {one.parameters.start for one in planned}:
+        if start not in METHODS or start == "distill":
+            near = nearest(start, METHODS.keys() - {"distill"})
+            hint = f"did you mean {near[0]}?" if near else "give the name of a method, such as regmean"
+            raise InputError(f"start: {start}: {hint}")
 
 
 distill_method = Method(
@@ -100,4 +109,5 @@ distill_method = Method(
     needs_texts=True,
     parameters=DistillParameters,
     weight="of the start",
+    check=check_start,
 )

@@ -161,8 +161,8 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
         bases={name: load.tensor for name, load in loads.items()},
         wanted=wanted,
         read=read,
-        shapes=_shapes(config, unconverted) if method.attention else None,
-        geometry_of=_geometry(config, options) if method.attention else None,
+        shapes=_shapes(config, unconverted) if method.attention or method.guided else None,
+        geometry_of=_geometry(config, options) if method.attention or method.guided else None,
         guide=guide,
     )
     return PlannedRecipe(

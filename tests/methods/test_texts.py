@@ -160,7 +160,7 @@ def test_distillation_comes_closer_than_its_start(speaking, tmp_path):
         named = {f"{module}.weight": update for module, update in updates.items()}
         return sum(own.divergence for own in score(singles, named, answers).values())
 
-    for start in ("regmean", "core_tsv"):  # far too short
+    for start in ("regmean", "core_tsv", "tspa", "lora_ties"):  # far too short
         options = {"start": start, "lambda_": 0.3, "rate": 3e-3}
         assert divergence(steps=40, **options) < 0.8 * divergence(steps=0, **options)
 
@@ -296,8 +296,8 @@ def test_wrong_calls(method, speaking, tmp_path):
     with pytest.raises(InputError, match="give it the base model's directory"):
         merge_adapters(method, adapters, examples=texts)
     if method == "distill":
-        with pytest.raises(InputError, match="start: tspa: give regmean"):
-            merge_adapters(method, adapters, base=base, examples=texts, start="tspa")
+        with pytest.raises(InputError, match="start: core_tvs: did you mean core_tsv"):
+            merge_adapters(method, adapters, base=base, examples=texts, start="core_tvs")
         with pytest.raises(InputError, match="at least two texts"):
             merge_adapters(method, adapters, base=base, examples=[LINES[:1], LINES])
 

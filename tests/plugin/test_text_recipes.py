@@ -139,7 +139,10 @@ def test_wrong_recipes(speaking, tmp_path):
         (number, "examples: 3"),
         (moved, "it is model.layers.1.* of the base, and regmean reads texts with the base as it is"),
         (varied, "regmean: it needs the same parameters for all tensors"),
-        (with_texts("distill", speaking, parameters={"start": "nothing"}), "start: nothing: give regmean"),
+        (
+            with_texts("distill", speaking, parameters={"start": "nothing"}),
+            "start: nothing: give the name of a method",
+        ),
     ]
     for config, message in cases:
         result = merge(config, tmp_path / "out")
