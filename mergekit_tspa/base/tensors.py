@@ -111,6 +111,13 @@ class ModelTensors:
         tensor = self._run_time_names.find(name)
         return self._run_time[tensor] if tensor else {}
 
+    def own_name(self, tensor: str) -> str:
+        """The checkpoint's name of a tensor that is called by its name at run time; others as they are."""
+        if tensor in self.shapes:
+            return tensor
+        whole = [name for name, index in self.find_parts(tensor).items() if index == ()]
+        return whole[0] if len(whole) == 1 else tensor
+
     def places(self, tensor: str) -> dict[str, Index]:
         """Names of tensors, on disk and at run time, that hold a tensor or expert, and at which index."""
         whole, bracket, expert = tensor.partition("[")

@@ -122,10 +122,14 @@ def survey_plan(
     if plan.method.guided and plan.guide and plan.tensors:
         begun = readings is not None
         readings = readings or plan.guide.readings(plan.tensors, device, progress)
-        readings.merged_by = readings.merged_by or partial(_merged_by, plan, device, progress, readings)
+        readings.merged_by = partial(_merged_by, plan, device, progress, readings)
+        own = readings.base.own_name
         inputs = (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
+        renamed = [w._replace(name=own(w.name)) for w in inputs if w.factors]
         with _memory_is_told():
-            found = plan.method.guided([w for w in inputs if w.factors], readings)
+            found = plan.method.guided(renamed, readings)
+        names = {own(tensor.name): tensor.name for tensor in plan.tensors}
+        found = {names.get(name, name): values for name, values in found.items()}
         for warning in () if begun else readings.warnings:
             LOG.warning("%s", warning)
         return found
@@ -152,7 +156,7 @@ def _merged_by(
     assert plan.by is not None
     other = plan.by(method, parameters)
     for updates, _ in merge_chunks(other, [*other.chunks(CHUNK_BYTES)], device, progress, readings):
-        yield from updates.items()
+        yield from ((readings.base.own_name(tensor), update) for tensor, update in updates.items())
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from tests.conftest import (
     run,
     save_adapter,
     save_llama,
+    write_lines,
     write_recipe,
 )
 
@@ -319,6 +320,24 @@ def test_texts_are_read_by_experts(case):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(InputError, match="use regmean"):
         merge_adapters("regmean_plus", case.adapters, examples=[TEXTS, TEXTS], **options)
+
+
+@pytest.mark.parametrize("case", EXPERTS_INSIDE, indirect=True)
+def test_a_recipe_with_texts_knows_tensors_by_other_names(case, tmp_path):
+    """mergekit and transformers call a router by another name than the checkpoint."""
+    tiny_tokenizer().save_pretrained(case.base)
+    texts = write_lines(tmp_path / "texts", TEXTS)
+    config = recipe("regmean", case.base, case.adapters[:1])
+    config["models"][0]["parameters"] = {"examples": str(texts)}
+    config["parameters"] = {"lambda": "auto"}
+    assert (result := merge(config, tmp_path / "auto")).exit_code == 0, result.output
+    config["parameters"] = {"lambda": 1.0}
+    got = merged_tensors(config, tmp_path / "out")
+    plain = merged_tensors(recipe("lora_task_arithmetic", case.base, case.adapters[:1]), tmp_path / "plain")
+    assert got.keys() == plain.keys()
+    for name, W in case.before.items():
+        change = plain[name] - W.to(plain[name])
+        assert (got[name] - plain[name]).norm() <= 1e-3 * change.norm(), name
 
 
 @pytest.mark.parametrize("case", EXPERTS_INSIDE, indirect=True)
