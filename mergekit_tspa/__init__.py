@@ -20,6 +20,7 @@ _LAZY = {
     "add_merged_adapter": "mergekit_tspa.merging.loaded",
     "merge_adapters": "mergekit_tspa.merging.api",
     "read_adapter": "mergekit_tspa.adapters",
+    "score": "mergekit_tspa.scoring.scores",
 }
 __all__ = [*_LAZY, "install"]
 

@@ -6,7 +6,9 @@ import tqdm
 
 
 class Bar:
-    """A bar per stage; an object of this class is a context, and its `update` a `Progress`.
+    """A bar for each kind of work; an object of this class is a context, and its `update` a `Progress`.
+
+    What stands before a colon is the kind of work.  What follows it, a layer for instance, may change often.
 
     Args:
         quiet: show nothing
@@ -14,7 +16,7 @@ class Bar:
 
     def __init__(self, quiet: bool):
         self.quiet = quiet
-        self.stage: str | None = None
+        self.kind: str | None = None
         self.bar: Any = None
 
     def __enter__(self) -> "Bar":
@@ -22,11 +24,13 @@ class Bar:
 
     def update(self, stage: str, done: float, left: float | None = None) -> None:
         """Show that a fraction of a stage is done, and which fraction of an objective is left."""
-        if stage != self.stage:
+        kind = stage.partition(":")[0]
+        if kind != self.kind:
             self.__exit__()
-            self.stage = stage
+            self.kind = kind
             form = "{l_bar}{bar}| {elapsed}{postfix}"
             self.bar = tqdm.tqdm(desc=stage, total=100, leave=False, disable=self.quiet, bar_format=form)
+        self.bar.set_description(stage, refresh=False)
         if left is not None:
             self.bar.set_postfix_str(f"{left:.3g} of the objective left", refresh=False)
         self.bar.update(100 * done - self.bar.n)

@@ -25,10 +25,11 @@ ALLOWED = {  # room -> rooms of this package it may import
         *CORE,
     },
     "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
+    "scoring": {"scoring", "insight", "merging", "methods", "calibration", "adapters", "base", *CORE},
 }
 
 MODULES = {"pyyaml": "yaml"}  # distributions whose module has another name
-REPORT_FILES = {"insight/page.py", "insight/pictures.py"}  # of the extra `report`
+REPORT_FILES = {"insight/page.py", "insight/pictures.py", "scoring/score_page.py"}  # of the extra `report`
 
 
 def place(file: Path) -> str:

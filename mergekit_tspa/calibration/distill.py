@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,11 @@ def distill(
         texts = step * texts_per_step * len(order)
         pace = texts / max(1e-9, time.monotonic() - began)
         left = best.end / start if start else 0.0
-        progress(f"distilling {', '.join(order)}, {pace:.2g} texts a second", step / steps, left)
+        progress(
+            f"distilling {', '.join(Path(name).name for name in order)}, {pace:.2g} texts a second",
+            step / steps,
+            left,
+        )
         if step % every == 0 or step == steps:
             current = {tensor: _detached(factors) for tensor, factors in parameters.items()}
             now = measure(current)

@@ -1,8 +1,9 @@
 """Answers that adapters write themselves, sampled with a seed."""
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from mergekit_tspa.calibration.layers import Progress, frozen, silent
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Pace, Singles
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import finite, seed_of
+
+Parts: TypeAlias = Sequence[tuple[str, slice]]  # whose texts which rows of a batch are
 
 
 class Question(NamedTuple):
@@ -31,6 +34,7 @@ def write_answers(
     stop: Collection[int] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress = silent,
+    reading: Callable[[Parts], AbstractContextManager[None]] | None = None,
 ) -> dict[str, list[Example]]:
     """The texts, with an answer sampled by the text's own adapter wherever there is none.
 
@@ -46,11 +50,14 @@ def write_answers(
         temperature: 1 samples what the adapter says, 0 takes the likeliest token
         stop: tokens that end an answer, by default those of the model's generation configuration
         batch_tokens: in a batch, those to be written included
+        reading: what stands beside the model while it writes the answers of a batch with these parts, by
+            default each row's own adapter
 
     Raises:
         InputError: texts of an adapter that is not there, or logits that are NaN or infinite.
     """
-    singles.check(texts)
+    if reading is None:
+        singles.check(texts)
     context = context_length(singles.model.config)
     room = max(1, context - new_tokens) if context else 0
     new_tokens = min(new_tokens, context - room) if context else new_tokens
@@ -64,7 +71,7 @@ def write_answers(
     written = {name: list(own) for name, own in texts.items()}
     pace = Pace("writing", len(questions), progress)
     for batch in _batches(questions, batch_tokens - new_tokens, singles.apart):
-        answers = _sample(singles, batch, new_tokens, seed, temperature, ends, pace)
+        answers = _sample(singles, reading or singles.alone, batch, new_tokens, seed, temperature, ends, pace)
         for question, answer in zip(batch, answers):
             own = written[question.name]
             own[question.position] = Example(question.prompt, answer, own[question.position].answer)
@@ -127,6 +134,7 @@ def _batches(questions: Sequence[Question], tokens: int, apart: bool) -> Iterato
 
 def _sample(
     singles: Singles,
+    reading: Callable[[Parts], AbstractContextManager[None]],
     questions: Sequence[Question],
     new_tokens: int,
     seed: int,
@@ -155,7 +163,7 @@ def _sample(
     # Only the last token's logits are wanted; a few models know no such argument.
     known = inspect.signature(singles.model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-    with torch.no_grad(), frozen(singles.model), singles.alone(parts):
+    with torch.no_grad(), frozen(singles.model), reading(parts):
         for position in range(new_tokens):
             output = singles.model(
                 input_ids=step.to(device),

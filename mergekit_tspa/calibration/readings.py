@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -20,17 +20,24 @@ from mergekit_tspa.calibration.score import Answers, single_answers
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Singles
 from mergekit_tspa.calibration.store import hash_adapter, hash_base, load_statistics
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.linalg import seed_of
 from mergekit_tspa.updates import Dense, LowRank
 
 SELF = "self"
 FEW_TOKENS = 256  # of an adapter's texts; below this the ridge has much to say
 
 
+# A file of texts, or its rows, or `self`: the adapter writes them.
+GivenTexts: TypeAlias = Path | str | Sequence[Mapping[str, Any]]
+
+
 class TextSource(NamedTuple):
     """Where an adapter's texts come from, or statistics that were made of texts before."""
 
-    examples: Path | str | Sequence[Mapping[str, Any]] | None = None  # `self`: the adapter writes them
+    examples: GivenTexts | None = None
     calibration: Path | None = None
+    held_out: GivenTexts | None = None  # by which a merge is judged; no method sees them
+    part: Literal["all", "to merge", "to judge"] = "all"  # of the examples
 
     @property
     def empty(self) -> bool:
@@ -119,6 +126,14 @@ class Readings:
         reading = [adapter for adapter, source in self.sources.items() if source.examples is not None]
         return Singles(self.model, self.base, reading)
 
+    def others(self, given: GivenTexts, name: str = "general") -> list[Example]:
+        """Texts that belong to no adapter, those with an answer.
+
+        Raises:
+            InputError: a file that is not readable, or a line that is no example.
+        """
+        return self._read(given, name)
+
     def texts(self) -> dict[str, list[Example]]:
         """The texts that are given, by adapter; those without an answer are not written yet.
 
@@ -129,15 +144,18 @@ class Readings:
         for adapter, source in self.sources.items():
             if source.examples is None or source.examples == SELF:
                 continue
-            given = Path(source.examples) if isinstance(source.examples, str | Path) else source.examples
-            examples, cut = read_examples(given, self.tokenizer, self._context)
-            if cut:
-                self.warnings.append(
-                    f"{adapter.name}: {cut} of {len(examples)} texts are longer than the model's context of "
-                    f"{self._context} tokens and were cut"
-                )
-            found[adapter.name] = list(examples)
+            found[adapter.name] = part_of(self._read(source.examples, adapter.name), source.part)
         return found
+
+    def _read(self, given: GivenTexts, name: str) -> list[Example]:
+        rows = Path(given) if isinstance(given, str | Path) else given
+        examples, cut = read_examples(rows, self.tokenizer, self._context)
+        if cut:
+            self.warnings.append(
+                f"{name}: {cut} of {len(examples)} texts are longer than the model's context of "
+                f"{self._context} tokens and were cut"
+            )
+        return list(examples)
 
     @cached_property
     def written(self) -> dict[str, list[Example]]:
@@ -150,11 +168,18 @@ class Readings:
         }
         texts = self.texts()  # before the model is loaded: a wrong file is said at once
         texts = write_answers(self.singles, texts, self.how.new_tokens, **sampling)
-        alone = [name for name in self.singles.names if name not in texts]
-        if alone:
-            texts |= self_texts(
-                self.singles, self.tokenizer, self.how.self_texts, self.how.new_tokens, alone, **sampling
-            )
+        for part in ("all", "to merge", "to judge"):
+            alone = [a.name for a, s in self.sources.items() if s.examples == SELF and s.part == part]
+            if alone:
+                seed = self.how.seed + (part == "to judge")  # other texts, not a share of them
+                texts |= self_texts(
+                    self.singles,
+                    self.tokenizer,
+                    self.how.self_texts,
+                    self.how.new_tokens,
+                    alone,
+                    **sampling | {"seed": seed},
+                )
         for name, own in texts.items():
             tokens = sum(len(example.tokens) for example in own)
             if tokens < FEW_TOKENS:
@@ -210,6 +235,23 @@ class Readings:
             adapter.name: load_statistics(file, base, hash_adapter(adapter))
             for adapter, file in wanted.items()
         }
+
+
+def part_of(examples: Sequence[Example], part: str) -> list[Example]:
+    """The third of some texts that judges a merge, or the other two thirds, or all.
+
+    Which texts are set aside depends on the texts alone, not on their order or on the file they are in.
+
+    Raises:
+        InputError: there is one text only.
+    """
+    if part == "all":
+        return list(examples)
+    if len(examples) < 2:
+        raise InputError("one text cannot be divided into texts to merge and texts to judge: give more")
+    shuffled = sorted(range(len(examples)), key=lambda i: seed_of(*map(str, examples[i].tokens)))
+    aside = set(shuffled[: -(-len(examples) // 3)])
+    return [example for i, example in enumerate(examples) if (i in aside) == (part == "to judge")]
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -214,7 +214,7 @@ def search_lambda(
         nonlocal tried
         scored = score(singles, updates if scale else {}, answers, scale, batch_tokens)
         tried += 1
-        progress(f"lambda of {', '.join(answers)}", min(1.0, tried / (len(grid) + 1)), None)
+        progress("lambda", min(1.0, tried / (len(grid) + 1)), None)
         return {name: own.divergence for name, own in scored.items()}
 
     return line_search(divergences, grid)

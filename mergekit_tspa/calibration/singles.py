@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -208,7 +209,9 @@ class Pace:
         read = self.done + share * texts
         rate = read / max(1e-9, time.monotonic() - self.start)
         where = f", {layer}" if layer else ""
-        stage = f"{self.stage}: {', '.join(names)}{where}, {rate:.2g} texts a second"
+        stage = (
+            f"{self.stage}: {', '.join(Path(name).name for name in names)}{where}, {rate:.2g} texts a second"
+        )
         self.progress(stage, min(1.0, read / max(1, self.texts)), None)
 
     def finished(self, texts: int) -> None:

@@ -8,15 +8,13 @@ import torch
 from rich.console import Console
 
 from mergekit_tspa.commands.command import NamedPath
-from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand
+from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand, report_missing
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.gather import inspect_adapters
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
 from mergekit_tspa.plugin.recipe_file import read_recipe
 from mergekit_tspa.progress import Bar
-
-_REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing else needs
 
 
 @click.command(
@@ -42,11 +40,7 @@ def main(
         from mergekit_tspa.insight.findings import findings
         from mergekit_tspa.insight.page import check_out, write_page
     except ModuleNotFoundError as error:
-        if error.name not in _REPORT:
-            raise
-        raise InputError(
-            f"a report needs {error.name}, which is not installed; run pip install 'mergekit-tspa[report]'"
-        ) from error
+        raise report_missing(error) from error
 
     merge_options.apply_global_options()
     check_out(out)

@@ -31,6 +31,10 @@ _OWN = {  # command: its module, and what it does
         "mergekit_tspa.commands.calibrate_adapters",
         "Statistics of each adapter's texts, to merge without the texts.",
     ),
+    "score": (
+        "mergekit_tspa.commands.score_merges",
+        "Which merge answers best: losses, and what of each adapter is retained.",
+    ),
     "check": (
         "mergekit_tspa.commands.check_recipe",
         "Say what a merge would do, and all that is wrong with its recipe.",

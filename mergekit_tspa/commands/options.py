@@ -7,11 +7,24 @@ from typing import Any
 import click
 
 from mergekit_tspa.commands.command import Command
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.compat import MergeOptions
 
 PLANNING = ("transformers_cache", "trust_remote_code", "allow_crimes", "random_seed")
 COMPUTING = ("cuda", "device", "num_threads")
 TALKING = ("verbosity", "quiet")
+
+
+_REPORT = ("jinja2", "matplotlib", "numpy")  # the extra `report`, which nothing else needs
+
+
+def report_missing(error: ModuleNotFoundError) -> Exception:
+    """What is raised where a library is not there: a sentence, if a report needs it, and else the error."""
+    if error.name not in _REPORT:
+        return error
+    return InputError(
+        f"a report needs {error.name}, which is not installed; run pip install 'mergekit-tspa[report]'"
+    )
 
 
 class _ShardSize(click.ParamType):

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from torch import Tensor
@@ -14,7 +15,7 @@ from mergekit_tspa.base.files import replaced
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.insight.findings import Finding
 from mergekit_tspa.insight.inspection import Inspection
-from mergekit_tspa.insight.pictures import NAMES, THEMES, pictures
+from mergekit_tspa.insight.pictures import NAMES, THEMES, Picture, pictures
 from mergekit_tspa.methods.inputs import Progress
 
 PAGE = "inspect.html"
@@ -50,8 +51,12 @@ _TERMS = (
 Table = tuple  # name, columns, rows, indices of columns of text
 
 
-def check_out(out: Path) -> None:
+def check_out(out: Path, page: str = PAGE, generator: str = GENERATOR) -> None:
     """
+    Args:
+        page: which file the report is
+        generator: what it says of who made it
+
     Raises:
         InputError: it is no directory, or holds a page of that name that is not ours.
     """
@@ -60,9 +65,36 @@ def check_out(out: Path) -> None:
     for name in ("adapter_config.json", "config.json"):
         if (out / name).exists():
             raise InputError(f"{out}: holds an adapter or a model; name another directory for the report")
-    page = out / PAGE
-    if page.is_file() and GENERATOR.encode() not in page.read_bytes()[:4096]:
-        raise InputError(f"{out}: holds an {PAGE} that is not a report; name another directory")
+    if (out / page).is_file() and generator.encode() not in (out / page).read_bytes()[:4096]:
+        raise InputError(f"{out}: holds an {page} that is not a report; name another directory")
+
+
+def drawn(picture: Picture, out: Path, png: str) -> dict[str, Any]:
+    """Write a picture for a light and a dark ground, and return what the page's template needs of it.
+
+    Args:
+        png: the files' name, with `{}` where the picture's goes
+    """
+    light, dark = pngs = [picture.png(theme) for theme in THEMES]
+    for theme, data in zip(THEMES, pngs):
+        (out / png.format(picture.name + theme.suffix)).write_bytes(data)
+    return {
+        "name": picture.name,
+        "title": picture.title,
+        "caption": picture.caption,
+        "alt": picture.alt,
+        "light": _uri(light),
+        "dark": _uri(dark),
+        "size": struct.unpack(">II", light[16:24]),
+    }
+
+
+def render(out: Path, page: str, template: str, **values: Any) -> None:
+    """Write a page, which takes its name when it is whole."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    html = environment.get_template(template).render(**values)
+    with replaced(out / page) as file:
+        file.write_text(html, encoding="utf-8", errors="replace")
 
 
 def write_page(ins: Inspection, found: Sequence[Finding], out: Path, progress: Progress) -> Path:
@@ -77,39 +109,25 @@ def write_page(ins: Inspection, found: Sequence[Finding], out: Path, progress: P
         (out / PAGE).unlink(missing_ok=True)
         for name, theme in product(NAMES, THEMES):
             (out / PNG.format(name + theme.suffix)).unlink(missing_ok=True)
-        drawn, todo = [], list(pictures(ins))
+        seen, todo = [], list(pictures(ins))
         for done, picture in enumerate(todo):
             progress("drawing", done / len(todo))
-            light, dark = pngs = [picture.png(theme) for theme in THEMES]
-            for theme, png in zip(THEMES, pngs):
-                (out / PNG.format(picture.name + theme.suffix)).write_bytes(png)
-            drawn.append(
-                {
-                    "name": picture.name,
-                    "title": picture.title,
-                    "caption": picture.caption,
-                    "alt": picture.alt,
-                    "light": _uri(light),
-                    "dark": _uri(dark),
-                    "size": struct.unpack(">II", light[16:24]),
-                    "tables": list(_tables(ins, picture.name)),
-                }
-            )
+            seen.append(drawn(picture, out, PNG) | {"tables": list(_tables(ins, picture.name))})
         progress("drawing", 1.0)
-        environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
-        html = environment.get_template("page.html.j2").render(
+        render(
+            out,
+            PAGE,
+            "inspect.html.j2",
             generator=GENERATOR,
             title=f"{ins.title}: {', '.join(ins.names)}",
             subtitle=_subtitle(ins),
             findings=found,
-            pictures=drawn,
+            pictures=seen,
             tables=[_adapters(ins)],
             modules=_modules(ins),
             terms=_TERMS,
             merged=ins.merge is not None,
         )
-        with replaced(out / PAGE) as file:
-            file.write_text(html, encoding="utf-8", errors="replace")
     except OSError as error:
         raise InputError(f"{out}: the report could not be written: {error}") from error
     return out / PAGE

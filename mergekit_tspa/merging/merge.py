@@ -16,7 +16,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import finite, product_overflows
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.pair_plans import load_side
-from mergekit_tspa.merging.plan import Chunk, MergePlan
+from mergekit_tspa.merging.plan import Chunk, MergePlan, Variation
 from mergekit_tspa.methods.inputs import Pair, Parameters, Progress, Survey, TensorInputs, silent
 from mergekit_tspa.methods.method import Merged, Method, prepared
 from mergekit_tspa.methods.report import Report, Truncation, summary
@@ -153,8 +153,8 @@ def _merged_by(
     parameters: Parameters,
 ) -> Iterator[tuple[str, LowRank | Dense]]:
     """What another method makes of the plan's adapters, tensor by tensor."""
-    assert plan.by is not None
-    other = plan.by(method, parameters)
+    assert plan.again is not None
+    other = plan.again(Variation(method, parameters))
     for updates, _ in merge_chunks(other, [*other.chunks(CHUNK_BYTES)], device, progress, readings):
         yield from ((readings.base.own_name(tensor), update) for tensor, update in updates.items())
 

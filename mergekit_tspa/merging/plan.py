@@ -42,6 +42,15 @@ class Unit(NamedTuple):
 Chunk: TypeAlias = Unit  # some units put together, to be solved in one batch
 
 
+class Variation(NamedTuple):
+    """What of a merge is to be something else, for all tensors."""
+
+    method: Method
+    parameters: Parameters
+    weights: Mapping[Adapter, float] | None = None  # None: they stay
+    guide: Guide | None = None  # None: it stays
+
+
 @dataclass(frozen=True, eq=False)
 class MergePlan:
     """Everything about a merge that is decided before a factor is loaded."""
@@ -52,8 +61,7 @@ class MergePlan:
     pairs: tuple[PairPlan, ...]
     read: ReadTensor | None  # None: no base is at hand
     guide: Guide | None = None  # what a method that looks at texts is given besides
-    # The same merge by another method, or with other parameters of all tensors.
-    by: Callable[[Method, Parameters], "MergePlan"] | None = None
+    again: Callable[["Variation"], "MergePlan"] | None = None  # the same merge with something changed
 
     @cached_property
     def changed(self) -> dict[str, OutputTensor]:
@@ -162,10 +170,16 @@ def plan_merge(
     """
     wanted = list(wanted)
 
-    def by(other: Method, parameters: Parameters) -> MergePlan:
-        again = [want._replace(parameters=parameters) for want in wanted]
+    def again(change: Variation) -> MergePlan:
         return plan_merge(
-            other, adapters, bases, again, read=read, shapes=shapes, geometry_of=geometry_of, guide=guide
+            change.method,
+            adapters,
+            bases,
+            [_changed(want, change) for want in wanted],
+            read=read,
+            shapes=shapes,
+            geometry_of=geometry_of,
+            guide=change.guide or guide,
         )
 
     parts: dict[str, list[Part]] = {name: [] for name in bases}
@@ -180,7 +194,7 @@ def plan_merge(
         named = f"{silent[0]} and {len(silent) - 1} more" if silent[1:] else silent[0]
         LOG.warning("%s: all weights are zero, so the base stays as it is", named)
     outputs = tuple(OutputTensor(name, base, tuple(parts[name])) for name, base in bases.items())
-    plan = MergePlan(method, tuple(adapters), outputs, (), read, guide, by)
+    plan = MergePlan(method, tuple(adapters), outputs, (), read, guide, again)
     _check(plan)
     if method.guided:
         check_guide(method, [*plan.changed.values()], guide)
@@ -191,6 +205,16 @@ def plan_merge(
     if read is None or shapes is None or geometry_of is None:
         raise InputError(f"{method.name} looks at attention products: give it the base model (base=)")
     return replace(plan, pairs=tuple(plan_pairs(plan.tensors, shapes, geometry_of)))
+
+
+def _changed(want: Wanted, change: Variation) -> Wanted:
+    want = want._replace(parameters=change.parameters)
+    if change.weights is None:
+        return want
+    return want._replace(
+        sources=[(adapter, module, change.weights[adapter]) for adapter, module, _ in want.sources],
+        changes=[(adapter, own, change.weights[adapter]) for adapter, own, _ in want.changes],
+    )
 
 
 def _plan_tensor(method: Method, want: Wanted) -> TensorPlan | None:

@@ -46,7 +46,15 @@ CALIBRATION = ParameterSpec(
     default="",
     description="statistics of such texts, in their place",
 )
-TEXTS = (EXAMPLES, CALIBRATION)  # of every method, as most do not look at texts and merge without them
+HELD_OUT = ParameterSpec(
+    name="held_out",
+    value_type=str,
+    scope=ParameterScope.NON_BASE,
+    default="",
+    description="texts that `mergekit-tspa score` and `tune` judge merges by, and no method sees",
+)
+# Of every method, as most do not look at texts and merge without them.
+TEXTS = (EXAMPLES, CALIBRATION, HELD_OUT)
 LEAVES_OUT = ParameterSpec(
     name="adapter_leaves_out",
     value_type=str,

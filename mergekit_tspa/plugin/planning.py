@@ -71,6 +71,7 @@ class PlannedRecipe:
     weights: tuple[WeightInfo, ...]  # all tensors of the output
     loads: Mapping[str, LoadBase]  # of those tensors the base's, except where mergekit aligns the vocabulary
     merge: MergePlan
+    texts: Mapping[Adapter, TextSource]  # of each adapter, whether the method looks at them or not
 
     @property
     def base(self) -> ModelTensors:
@@ -151,10 +152,10 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
         assert W is not None
         return W
 
-    guide = None
+    guide, texts = None, _text_sources(planner, adapters)
     if method.guided:
         directory = base_loader(config).index.base_path
-        guide = Guide(_base_tensors(config, options), Path(directory), _text_sources(planner, adapters))
+        guide = Guide(_base_tensors(config, options), Path(directory), texts)
     merge = plan_merge(
         method,
         [loader.adapter for loader in adapters.values()],
@@ -166,7 +167,7 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
         guide=guide,
     )
     return PlannedRecipe(
-        config, options, tuple(weight for weight, _ in planned_tensors(planner)), loads, merge
+        config, options, tuple(weight for weight, _ in planned_tensors(planner)), loads, merge, texts
     )
 
 
@@ -365,8 +366,10 @@ def _text_sources(
             if reference in adapters:
                 settings = dict(task.input_parameters[reference].items())
                 given = [settings.get(spec.name) or None for spec in TEXTS]
-                examples, calibration = (text and os.path.expanduser(text) for text in given)
-                sources[adapters[reference].adapter] = TextSource(examples, calibration and Path(calibration))
+                examples, calibration, held_out = (text and os.path.expanduser(text) for text in given)
+                sources[adapters[reference].adapter] = TextSource(
+                    examples, calibration and Path(calibration), held_out
+                )
     return sources
 
 

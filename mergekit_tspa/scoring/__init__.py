@@ -1,0 +1,1 @@
+"""Which merge answers best: losses on texts that no method saw, and what of each adapter is retained."""
