@@ -147,17 +147,15 @@ def test_right_answers_are_counted(speaking, monkeypatch):
     """An adapter that writes what its base writes is as right as that; what is written is the likeliest."""
     base, adapters, _ = speaking
     model, tokenizer = load_model(base), tiny_tokenizer()
-    prompt = tokenizer("w1 w2 w3", return_tensors="pt")
+    prompt = torch.tensor([read_examples([{"prompt": "w1 w2 w3"}], tokenizer).examples[0].prompt])
     with torch.no_grad():
-        likeliest = model.generate(**prompt, max_new_tokens=3, do_sample=False)[
-            0, prompt["input_ids"].shape[1] :
-        ]
+        likeliest = model.generate(prompt, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
     answer = tokenizer.decode(likeliest, skip_special_tokens=True)
     rows = [{"prompt": "w1 w2 w3", "completion": " w4", "answer": answer}, {"text": "w1 w2 w3"}]
     report = score(base, {"m": merge_adapters("core_tsv", adapters, base=base)}, [rows, rows], new_tokens=3)
     written = report.rows[0].judged.written
     assert all(len(own) == 1 and own[0].tokens <= 3 for own in written.values())
-    assert all(own[0].right for own in written.values()) == bool(answer)
+    assert all(own[0].right for own in written.values()) and answer
     assert "right" in report.as_json()["rows"][0]
     silent = score(base, {"m": merge_adapters("core_tsv", adapters, base=base)}, [rows, rows], new_tokens=0)
     assert not silent.rows[0].judged.written
