@@ -33,17 +33,23 @@ def load_model(
         InputError: this is no causal language model that transformers can load.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     shapes = Checkpoint(path).shapes().values()
     size = sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
     options: dict[str, object] = {}
     if memory is not None and size > memory:
         options = {"device_map": "auto", "max_memory": _limits(memory, torch.device(device))}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # callers have one of their own
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many unrelated types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: not to be loaded as a causal language model ({reason})") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     loaded: Model = model.requires_grad_(False)
     loaded.eval()
     return loaded if options else loaded.to(device)

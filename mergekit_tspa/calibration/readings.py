@@ -112,6 +112,7 @@ class Readings:
         if self._model is not None:
             return self._model
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.progress("loading the base", 0.0, None)
         return load_model(self._path, dtype, self.memory_limit, self.device)
 
     @property

@@ -71,14 +71,15 @@ def score_recipes(
         )
     if any(source.examples == SELF for source in texts.values()):
         notes.append("some adapters wrote the texts that judge themselves; give held_out texts to know more")
-    plans = {Path(file).stem: with_model(recipe, judge, texts) for file, recipe in recipes.items()}
-    if len(plans) < len(recipes):
-        plans = {file: with_model(recipe, judge, texts) for file, recipe in recipes.items()}
-    device = options.device or "cpu"
+    device, base = options.device or "cpu", Path(base_loader(first.config).index.base_path)
+    paths = [given if os.path.isdir(given) else os.path.splitext(given)[0] for given in inputs]
     candidates = [planned(SUM, SUM, plain_sum(first.merge), device, progress)]
-    candidates += [planned(name, "recipe", merge, device, progress) for name, merge in plans.items()]
-    base = Path(base_loader(first.config).index.base_path)
-    candidates += [stored(Path(given), base, device) for given in inputs if os.path.isdir(given)]
+    for given, name in zip(inputs, short_names(paths)):
+        if os.path.isdir(given):
+            candidates.append(stored(name, Path(given), base))
+        else:
+            merge = with_model(recipes[given], judge, texts)
+            candidates.append(planned(name, "recipe", merge, device, progress))
     return score_all(judge, candidates, str(first.config.base_model), described(texts), notes)
 
 

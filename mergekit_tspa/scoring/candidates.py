@@ -114,28 +114,30 @@ def made(name: str, merged: MergedAdapters, kind: str = "merge") -> Candidate:
     return Candidate(name, kind, judge)
 
 
-def stored(path: Path, base: Path, device: Device = None) -> Candidate:
+def stored(name: str, path: Path, base: Path) -> Candidate:
     """An adapter or a whole model on disk.
 
     Args:
+        name: of the candidate
+        path: its directory
         base: of the adapter
 
     Raises:
         InputError: it is neither.
     """
     if (path / "config.json").is_file():
-        return Candidate(str(path), "model", lambda by: (_judge_model(by, path, device), None))
+        return Candidate(name, "model", lambda by: (_judge_model(by, name, path), None))
     if (path / "adapter_config.json").is_file():
 
         def judge(by: Judge) -> tuple[Judged, int | None]:
             merged = merge_adapters("lora_task_arithmetic", [path], base=base)
-            return made(str(path), merged).judge(by)
+            return made(name, merged).judge(by)
 
-        return Candidate(str(path), "adapter", judge)
+        return Candidate(name, "adapter", judge)
     raise InputError(f"{path}: holds neither a model (config.json) nor an adapter (adapter_config.json)")
 
 
-def _judge_model(by: Judge, path: Path, device: Device) -> Judged:
+def _judge_model(by: Judge, name: str, path: Path) -> Judged:
     parameter = next(by.singles.model.parameters())
     model = load_model(path, parameter.dtype, device=by.singles.device)
     theirs, ours = (one.get_input_embeddings().weight.shape for one in (model, by.singles.model))
@@ -146,4 +148,4 @@ def _judge_model(by: Judge, path: Path, device: Device) -> Judged:
             "the same base"
         )
     singles = Singles(model, ModelTensors.of(str(path), Checkpoint(path)), [])
-    return by.judge(str(path), singles, nullcontext)
+    return by.judge(name, singles, nullcontext)

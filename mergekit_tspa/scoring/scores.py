@@ -85,7 +85,7 @@ def score(
     candidates = [
         made(name, merge)
         if isinstance(merge, MergedAdapters)
-        else stored(Path(merge), _needed(directory, name), device)
+        else stored(name, Path(merge), _needed(directory, name))
         for name, merge in merges.items()
     ]
     return score_all(judge, candidates, str(directory or base.name), described(sources))
