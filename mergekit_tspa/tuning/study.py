@@ -1,0 +1,165 @@
+"""The trials of a search on disk: what was tried, what came of it, and how long it took.
+
+Optuna keeps them in a journal to which lines are only added, so that a search that is cut off goes on where it was.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mergekit_tspa.errors import InputError, reason_of
+from mergekit_tspa.scoring.losses import Losses, TextLoss
+from mergekit_tspa.tuning.problem import Problem
+from mergekit_tspa.tuning.workbench import Spec
+
+SCREEN, SEARCH, FINISH = "screen", "search", "finish"  # stages
+PRUNED_TO = 3  # one trial of so many goes on to the next round
+STARTUP = 8  # trials that are drawn at random
+
+
+class Tried(NamedTuple):
+    """A trial that is over."""
+
+    number: int
+    stage: str
+    spec: Spec
+    value: float | None  # of the goal, on the texts of its last round; None: it failed
+    round: int  # how far it came
+    feasible: bool
+    losses: Losses  # on the texts of its last round
+    rank: int | None
+    error: str
+
+
+class Study:
+    """
+    Args:
+        file: of the journal, which is made if it is not there
+        problem: what is searched for
+        fingerprint: of the problem and its texts
+
+    Raises:
+        InputError: the file is no journal of a search, or of another one.
+    """
+
+    def __init__(self, file: Path, problem: Problem, fingerprint: str):
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sampler = optuna.samplers.TPESampler(
+            seed=problem.seed,
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=STARTUP,
+            constraints_func=_constraints,
+            warn_independent_sampling=False,
+        )
+        try:
+            self.study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(file))),
+                study_name="tune",
+                direction="maximize",
+                sampler=sampler,
+                pruner=optuna.pruners.SuccessiveHalvingPruner(1, PRUNED_TO),
+                load_if_exists=True,
+            )
+            own = self.study.user_attrs.get("fingerprint")
+        except Exception as error:  # json, keys that are missing, files that are no files
+            raise InputError(f"{file}: holds no trials of a search ({reason_of(error)}); name another file") from error
+        if own not in (None, fingerprint):
+            raise InputError(
+                f"{file}: holds the trials of another search, with other adapters, texts or limits; name another "
+                "file, or delete it"
+            )
+        self.study.set_user_attr("fingerprint", fingerprint)
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):  # of a run that was killed
+            self.study.tell(trial.number, state=TrialState.FAIL)
+
+    @property
+    def seconds(self) -> float:
+        """How long the search has run, in all its runs."""
+        return float(self.study.user_attrs.get("seconds", 0.0))
+
+    def spent(self, seconds: float) -> None:
+        """Keep how long it has run."""
+        self.study.set_user_attr("seconds", seconds)
+
+    def ask(self) -> Trial:
+        """The next trial of the search."""
+        return self.study.ask()
+
+    def start_at(self, point: Mapping[str, Any]) -> None:
+        """Try this point before others."""
+        self.study.enqueue_trial(dict(point), skip_if_exists=True)
+
+    def note(self, trial: Trial, stage: str, spec: Spec, **found: Any) -> None:
+        """Keep what is known of a trial."""
+        for name, value in _attributes(stage, spec, **found).items():
+            trial.set_user_attr(name, value)
+
+    def tell(self, trial: Trial, value: float | None, pruned: bool = False) -> None:
+        """A trial of the search is over; without a value it failed."""
+        state = TrialState.FAIL if value is None else TrialState.PRUNED if pruned else TrialState.COMPLETE
+        self.study.tell(trial, None if pruned else value, state)
+
+    def add(self, stage: str, spec: Spec, value: float | None, **found: Any) -> None:
+        """A trial that no sampler suggested."""
+        state = TrialState.FAIL if value is None else TrialState.COMPLETE
+        attributes = _attributes(stage, spec, **found)
+        nothing: dict[str, BaseDistribution] = {}
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=state, value=value, params={}, distributions=nothing, user_attrs=attributes
+            )
+        )
+
+    def tried(self, *stages: str) -> list[Tried]:
+        """All trials that are over, in the order in which they began."""
+        states = [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+        trials = self.study.get_trials(deepcopy=False, states=states)
+        found = [_tried(trial) for trial in trials if "stage" in trial.user_attrs]
+        return [one for one in found if not stages or one.stage in stages]
+
+    @property
+    def promising(self) -> list[str] | None:
+        """The methods that the search is about, once they are chosen."""
+        return self.study.user_attrs.get("promising")
+
+    def choose(self, methods: Sequence[str]) -> None:
+        """Which methods the search is about."""
+        self.study.set_user_attr("promising", list(methods))
+
+
+def _attributes(stage: str, spec: Spec, **found: Any) -> dict[str, Any]:
+    losses = found.pop("losses", None) or {}
+    known = {task: [list(text) for text in own] for task, own in losses.items()}
+    own = {"method": spec.method, "parameters": dict(spec.parameters), "weights": dict(spec.weights)}
+    return {"stage": stage, "spec": own, "losses": known, **found}
+
+
+def _tried(trial: FrozenTrial) -> Tried:
+    own = trial.user_attrs
+    losses = {task: [TextLoss(*text) for text in texts] for task, texts in own["losses"].items()}
+    return Tried(
+        trial.number,
+        own["stage"],
+        Spec(**own["spec"]),
+        own.get("value", trial.value),
+        own.get("round", 0),
+        own.get("excess", 0.0) <= 0,
+        losses,
+        own.get("rank"),
+        own.get("error", ""),
+    )
+
+
+def _constraints(trial: FrozenTrial) -> Sequence[float]:
+    """By how much the loss on general texts is above its limit."""
+    return (trial.user_attrs.get("excess", 0.0),)

@@ -1,0 +1,377 @@
+"""The search: every method at its defaults on few texts, then the promising ones on more, and the best on texts that
+it never saw.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.jobs.pool import Outcome, Pool
+from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods.inputs import Progress, silent
+from mergekit_tspa.methods.method import Method
+from mergekit_tspa.scoring.judge import GENERAL, Judge
+from mergekit_tspa.scoring.losses import Interval, Losses, Retained, difference, mean_loss, retained
+from mergekit_tspa.tuning.problem import Problem, Split, only
+from mergekit_tspa.tuning.search_space import defaults, draw
+from mergekit_tspa.tuning.study import FINISH, SCREEN, SEARCH, Study, Tried
+from mergekit_tspa.tuning.workbench import Job, Seen, Spec
+
+LOG = logging.getLogger(__name__)
+
+PROMISING = 6  # methods that the search is about
+ALIKE = 2  # of them, with the same rule
+SCREENING = 0.45  # of the time, at most, for all methods at their defaults
+TRAINING = 0.55  # of the time for distillation, where there are examples
+LAST = 0.08  # of the time, for the texts that the search never sees
+FINALISTS = 3
+DRAWS = 200  # of the bootstrap that only ranks
+FEWEST_STEPS, MOST_STEPS = 16, 96  # of a distillation
+PASSES_A_STEP = 3.6  # passes over a text that a step of distillation costs: forward, backward, its share of tests
+
+
+class Finalist(NamedTuple):
+    """A merge, and what it retains on texts that the search never saw."""
+
+    tried: Tried
+    losses: Losses
+    kept: Retained
+
+
+@dataclass
+class Tuned:
+    """What a search found."""
+
+    finalists: list[Finalist]  # the best first, by the texts of the search
+    tried: list[Tried]
+    base: Losses  # on the unseen texts
+    single: Losses
+    left_out: dict[str, str] = field(default_factory=dict)  # methods that were refused, and why
+    untried: list[str] = field(default_factory=list)  # methods for which there was no time
+    goal: str = "mean"
+
+    @property
+    def best(self) -> Spec:
+        """The merge that was found."""
+        return self.finalists[0].tried.spec
+
+    def lead(self) -> Interval | None:
+        """By how much the best leads the second best, on the unseen texts."""
+        if len(self.finalists) < 2:
+            return None
+        one, two = (finalist.losses for finalist in self.finalists[:2])
+        return difference(self.base, self.single, one, two, worst=self.goal == "worst")
+
+
+class Clock:
+    """The time of a search, that of its earlier runs included."""
+
+    def __init__(self, minutes: float, before: float = 0.0):
+        self.limit, self.before, self.start = 60 * minutes, before, time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return self.before + time.monotonic() - self.start
+
+    def left(self, share: float = 1.0) -> float:
+        """Seconds until a share of the time is over."""
+        return share * self.limit - self.spent
+
+
+class Tuner:
+    """
+    Args:
+        study: of the trials
+        pool: that runs them
+        judge: of the base and the single adapters, which it reads once
+        split: of the judge's texts
+        problem: what is searched for
+        start: the merge that the search begins with
+        examples: whether there are texts that methods may look at
+        minutes: for the whole search, earlier runs included
+        progress: hears of it
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        pool: Pool,
+        judge: Judge,
+        split: Split,
+        problem: Problem,
+        start: Spec,
+        examples: bool,
+        minutes: float,
+        progress: Progress = silent,
+    ):
+        self.study, self.pool, self.judge, self.split, self.problem = study, pool, judge, split, problem
+        self.start, self.examples, self.progress = start, examples, progress
+        self.clock = Clock(minutes, study.seconds)
+        self.adapters = [*judge.texts]
+        self.base, self.single = judge.base.losses, judge.single.losses
+        self.pace: list[float] = []  # seconds a token of trials that only read, to plan the training
+        self.left_out = {one.spec.method: one.error for one in study.tried(SCREEN) if one.error}
+        self.untried: list[str] = []
+
+    def run(self) -> Tuned:
+        """Search until the time is over, or until Ctrl-C, and judge what was found.
+
+        Raises:
+            InputError: no trial has a result.
+        """
+        try:
+            self._screen()
+            self._search()
+            self._finish()
+        except KeyboardInterrupt:
+            LOG.warning("the search is interrupted; the best merge so far is the result")
+        finally:
+            self.study.spent(self.clock.spent)
+        return self._result()
+
+    # -- the stages
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _screen(self) -> None:
+        """The first merge, and every method at its defaults, on the texts of the first round."""
+        done = [one.spec for one in self.study.tried(SCREEN)]
+        specs = [self.start, *(Spec(method.name) for method in self._methods())]
+        queue = [spec for i, spec in enumerate(specs) if spec not in done and spec not in specs[:i]]
+        share = SCREENING * (0.6 if self.examples else 1.0)
+        waiting = iter(queue)
+
+        def next_job() -> tuple[Spec, Job] | None:
+            if self.clock.left(share) <= 0:
+                return None
+            spec = next(waiting, None)
+            return spec and (spec, Job(spec, self._texts(0)))
+
+        def over(spec: Spec, outcome: Outcome) -> None:
+            self._told(f"trying {spec.method} at its defaults")
+            if outcome.error:
+                self.left_out[spec.method] = outcome.error
+            self._add(SCREEN, spec, 0, outcome)
+
+        self._all(next_job, over)
+        tried = {one.spec.method for one in self.study.tried(SCREEN)}
+        self.untried = [spec.method for spec in queue if spec.method not in tried]
+
+    def _search(self) -> None:
+        """The promising methods, their parameters, lambda and the weights, from one round of texts to the next."""
+        if self.study.promising is None:
+            self.study.choose(self._promising())
+        promising = self.study.promising or []
+        if not promising:
+            return
+        for method in promising:
+            point = {"method": method, "weighted": False} | defaults(METHODS[method], [])
+            self.study.start_at(point)
+        end = 1 - LAST - (TRAINING if self._trains else 0)
+        again: list[tuple[Any, Spec, int]] = []  # trials that go on to their next round
+
+        def next_job() -> tuple[Any, Job] | None:
+            if again:
+                trial, spec, at = again.pop()
+                return (trial, spec, at), Job(spec, self._texts(at))
+            if self.clock.left(end) <= 0:
+                return None
+            trial = self.study.ask()
+            name = trial.suggest_categorical("method", promising)
+            weighted = trial.suggest_categorical("weighted", [False, True])
+            parameters, weights = draw(trial, METHODS[name], self.adapters if weighted else [])
+            spec = Spec(name, parameters, weights)
+            return (trial, spec, 0), Job(spec, self._texts(0))
+
+        def over(key: tuple[Any, Spec, int], outcome: Outcome) -> None:
+            trial, spec, at = key
+            self._told(f"searching: {spec.described()}")
+            if outcome.error:
+                self.study.note(trial, SEARCH, spec, error=outcome.error, round=at)
+                self.study.tell(trial, None)
+                return
+            seen: Seen = outcome.value
+            value, excess = self._value(seen.losses, at)
+            self.study.note(
+                trial, SEARCH, spec, losses=seen.losses, rank=seen.rank, value=value, excess=excess, round=at
+            )
+            trial.report(value, 3**at)
+            last = at == len(self.split.rounds) - 1
+            if not last and not trial.should_prune():
+                again.append((trial, spec, at + 1))
+            else:
+                self.study.tell(trial, value, pruned=not last)
+
+        self._all(next_job, over)
+
+    def _finish(self) -> None:
+        """Distillation for as many steps as there is time for, where there are examples."""
+        if not self._trains or any(one.value is not None for one in self.study.tried(FINISH)):
+            return
+        steps = self._steps(self.clock.left(1 - LAST))
+        if steps < FEWEST_STEPS:
+            self.untried.append("distill")
+            return
+        spec = Spec("distill", {"steps": steps})
+        self._told(f"distilling in {steps} steps")
+        last = len(self.split.rounds) - 1
+        self.pool.submit(spec, Job(spec, self._texts(last)))
+        outcome = self.pool.wait()
+        if outcome.error:
+            self.left_out["distill"] = outcome.error
+        self._add(FINISH, spec, last, outcome)
+
+    def _result(self) -> Tuned:
+        """The best of all trials, judged by the texts that no trial saw."""
+        tried = self.study.tried()
+        known = [one for one in tried if one.value is not None and math.isfinite(one.value) and one.feasible]
+        if not known:
+            reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
+            raise _nothing_found(reasons)
+        furthest = max(one.round for one in known)
+        ranked = sorted(known, key=lambda one: (one.round == furthest, one.value), reverse=True)
+        best = _different(ranked)[:FINALISTS]
+        unseen = {task: own for task, own in self.split.unseen.items() if own}
+        finalists = []
+        for one in best:
+            self._told(f"judging {one.spec.described()}", last=True)
+            self.pool.submit(one.spec, Job(one.spec, unseen))
+            outcome = self.pool.wait()
+            if outcome.error:
+                LOG.warning("%s: %s", one.spec.described(), outcome.error)
+                continue
+            losses = outcome.value.losses
+            kept = retained(only(self.base, unseen), only(self.single, self._own(unseen)), losses)
+            finalists.append(Finalist(one, losses, kept))
+        self.study.spent(self.clock.spent)
+        if not finalists:
+            raise _nothing_found("what was found could not be merged again")
+        return Tuned(
+            finalists,
+            tried,
+            only(self.base, unseen),
+            only(self.single, self._own(unseen)),
+            self.left_out,
+            self.untried,
+            self.problem.goal,
+        )
+
+    # -- what they share
+    # ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _trains(self) -> bool:
+        return self.examples and "distill" in METHODS
+
+    def _methods(self) -> Iterator[Method]:
+        """Those that can be tried, closed formulas first, because solvers take long; distillation comes last."""
+        usable = [
+            method
+            for method in METHODS.values()
+            if method.name != "distill" and (self.examples or not method.guided)
+        ]
+        yield from sorted(usable, key=lambda method: (method.solves, not method.guided))
+
+    def _texts(self, at: int) -> Mapping[str, Sequence[int]]:
+        return self.split.rounds[at]
+
+    def _own(self, numbers: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+        """Without the texts that belong to no adapter, which no single adapter reads."""
+        return {task: own for task, own in numbers.items() if task != GENERAL}
+
+    def _value(self, losses: Losses, at: int) -> tuple[float, float]:
+        """The goal, and by how much the loss on general texts is above its limit."""
+        numbers = self._texts(at)
+        base, single = only(self.base, numbers), only(self.single, self._own(numbers))
+        kept = retained(base, single, losses, DRAWS)
+        goal: Interval = getattr(kept, self.problem.goal)
+        limit = self.problem.general_limit
+        excess = 0.0 if limit is None else mean_loss(losses[GENERAL]) - limit
+        return goal.value, excess
+
+    def _add(self, stage: str, spec: Spec, at: int, outcome: Outcome) -> None:
+        if outcome.error:
+            self.study.add(stage, spec, None, error=outcome.error, round=at)
+            return
+        seen: Seen = outcome.value
+        value, excess = self._value(seen.losses, at)
+        self.study.add(
+            stage,
+            spec,
+            value if math.isfinite(value) else None,
+            losses=seen.losses,
+            rank=seen.rank,
+            excess=excess,
+            round=at,
+        )
+
+    def _all(
+        self, next_job: Callable[[], tuple[Any, Job] | None], over: Callable[[Any, Outcome], None]
+    ) -> None:
+        """Keep the pool busy until there is no further job, and hear of each that is over."""
+        running: dict[int, tuple[Any, Job, float]] = {}
+        number = 0
+        while True:
+            while len(running) < self.pool.capacity and (found := next_job()):
+                key, job = found
+                running[number] = key, job, time.monotonic()
+                self.pool.submit(number, job)
+                number += 1
+            if not running:
+                return
+            outcome = self.pool.wait()
+            key, job, began = running.pop(outcome.key)
+            if not outcome.error:
+                self._paced(job, time.monotonic() - began)
+            over(key, outcome)
+            self.study.spent(self.clock.spent)
+
+    def _paced(self, job: Job, seconds: float) -> None:
+        texts = self.judge.every
+        tokens = sum(len(texts[task][i].tokens) for task, own in job.texts.items() for i in own)
+        self.pace.append(seconds / tokens)
+
+    def _steps(self, seconds: float) -> int:
+        """How many steps of distillation fit."""
+        pace = sorted(self.pace)[len(self.pace) // 4] if self.pace else 1e-3
+        own = [example for texts in self.judge.texts.values() for example in texts]
+        length = sum(len(example.tokens) for example in own) / len(own)
+        # Two texts of each adapter in a step; before them the start, whose passes are about eight steps' worth.
+        step = PASSES_A_STEP * pace * 2 * len(self.adapters) * length
+        return min(MOST_STEPS, int(seconds / step) - 8)
+
+    def _promising(self) -> list[str]:
+        """The best methods of the first round, of those with one rule no more than two."""
+        ranked = [one for one in self.study.tried(SCREEN) if one.value is not None and one.feasible]
+        ranked.sort(key=lambda one: one.value or 0.0, reverse=True)
+        chosen: list[str] = []
+        rules: dict[str, int] = {}
+        for one in ranked:
+            name = one.spec.method
+            rule = name.partition("_")[2] or name
+            if name in chosen or name == "distill" or rules.get(rule, 0) >= ALIKE:
+                continue
+            rules[rule] = rules.get(rule, 0) + 1
+            chosen.append(name)
+        return chosen[:PROMISING]
+
+    def _told(self, stage: str, last: bool = False) -> None:
+        best = max((one.value for one in self.study.tried() if one.value is not None and one.feasible), default=0.0)
+        done = 1.0 if last else min(1.0, self.clock.spent / self.clock.limit)
+        self.progress(f"{stage}; best so far {best:.3f}", done, None)
+
+
+def _nothing_found(reasons: str) -> InputError:
+    return InputError(f"no merge was found: {reasons or 'there was no time for a trial; give more minutes'}")
+
+
+def _different(ranked: Sequence[Tried]) -> list[Tried]:
+    """The best trial of each method: a second best that only differs by a digit says nothing."""
+    found: dict[str, Tried] = {}
+    for one in ranked:
+        found.setdefault(one.spec.method, one)
+    return [*found.values()]
