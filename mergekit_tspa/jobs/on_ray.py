@@ -40,7 +40,8 @@ class Program(NamedTuple):
     work: Work
     setup: Setup
     directory: str
-    threads: int
+    cpus: int
+    gpus: int
 
 
 class Packed(NamedTuple):
@@ -65,17 +66,9 @@ class RayPool:
                 gpus = int(any(node.get("GPU", 0) >= 1 for node in self._nodes()))
             self._cpus, self._gpus = cpus, gpus
             self._refuse_too_much()
-            self._program = ray.put(Program(uuid4().hex, work, setup, os.getcwd(), cpus))
+            self._program = ray.put(Program(uuid4().hex, work, setup, os.getcwd(), cpus, gpus))
             self._shared = ray.put(None if shared is None else packed(shared))
-            variables = {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
-            if not self._gpus:
-                variables["CUDA_VISIBLE_DEVICES"] = ""
-            self._task = ray.remote(_do).options(
-                num_cpus=cpus,
-                num_gpus=self._gpus,
-                max_retries=RETRIES,
-                runtime_env={"env_vars": variables},
-            )
+            self._task = ray.remote(_do).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
         except BaseException:
             self.__exit__()
             raise
@@ -166,7 +159,10 @@ def _join(ray: ModuleType, address: str) -> None:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address not in ("auto", "local"):
         _refuse_unreachable(address)
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {"include_dashboard": False}
+    if address != "local":  # whose machines may have been started with another environment
+        path = os.environ.get("PYTHONPATH")
+        options = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}} if path else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -228,8 +224,10 @@ def _do(program: Program, shared: dict[str, Packed] | None, key: Any, job: Any) 
     def state() -> Any:
         if program.name not in _states:
             _states.clear()
-            torch.set_num_threads(program.threads)
             _enter(program.directory)
+            torch.set_num_threads(program.cpus)
+            if not program.gpus:  # some versions of Ray leave all of them in sight
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
             _states[program.name] = program.setup(None if shared is None else unpacked(shared))
         return _states[program.name]
 
