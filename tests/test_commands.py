@@ -131,7 +131,7 @@ def test_help_explains_only_what_matters(command):
 
 def test_own_commands():
     help_text = run("mergekit-tspa", "--help").stdout
-    for command in ("yaml", "multi", "adapter", "check", "inspect", "methods", "emr-task"):
+    for command in ("yaml", "multi", "adapter", "batch", "check", "inspect", "methods", "emr-task"):
         assert command in help_text
     table = run("mergekit-tspa", "methods", COLUMNS="250").stdout
     from mergekit_tspa import METHODS
@@ -149,7 +149,7 @@ def test_own_commands():
     assert unknown.exit_code == 1 and "core_tsv" in unknown.output
 
 
-@pytest.mark.parametrize("command", ["yaml", "check", "adapter", "inspect"])
+@pytest.mark.parametrize("command", ["yaml", "check", "adapter", "batch", "inspect"])
 @pytest.mark.parametrize(
     "option, value, said",
     [
@@ -164,7 +164,8 @@ def test_own_commands():
 def test_values_of_options(command, option, value, said, llama, adapters, tmp_path):
     file = write_recipe(tmp_path / "r.yml", recipe("core_tsv", llama, adapters))
     out = {"yaml": [tmp_path / "out"], "adapter": [tmp_path / "out"], "inspect": ["--out", tmp_path / "out"]}
-    arguments = [command, file, *out.get(command, []), option, value]
+    out["batch"] = out["inspect"]
+    arguments = [command, tmp_path if command == "batch" else file, *out.get(command, []), option, value]
     result = CliRunner().invoke(main, [str(argument) for argument in arguments], env={"COLUMNS": "1000"})
     assert result.exit_code == 2 and said in result.output and not (tmp_path / "out").exists()
 

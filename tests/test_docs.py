@@ -81,7 +81,9 @@ def test_recipes(recipe, here):
 def test_commands(commands, here):
     """After the recipe that stands before them: the README's first one, or that of their page."""
     (before,) = {b for page in PAGES for b in [first_recipe(page)] if commands in page.read_text() and b}
-    (here / "recipe.yml").write_text(before)
+    (here / "recipes").mkdir()
+    for file in (here / "recipe.yml", here / "recipes/math-code.yml"):
+        file.write_text(before)
     for line in commands.splitlines():
         command = shlex.split(line, comments=True)
         if not command or line.startswith(ELSEWHERE):

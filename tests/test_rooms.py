@@ -24,12 +24,24 @@ ALLOWED = {  # room -> rooms of this package it may import
         *("merging", "methods", "calibration", "adapters", "base", "alignment", "spaces", "rules"),
         *CORE,
     },
+    "jobs": {"jobs", "errors"},
     "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
+    "tuning": {
+        *("tuning", "jobs", "scoring", "insight", "merging", "methods", "calibration", "adapters", "base"),
+        *CORE,
+    },
     "scoring": {"scoring", "insight", "merging", "methods", "calibration", "adapters", "base", *CORE},
 }
 
 MODULES = {"pyyaml": "yaml"}  # distributions whose module has another name
-REPORT_FILES = {"insight/page.py", "insight/pictures.py", "scoring/score_page.py"}  # of the extra `report`
+REPORT_FILES = {  # of the extra `report`
+    "insight/page.py",
+    "insight/pictures.py",
+    "scoring/score_page.py",
+    "tuning/tune_page.py",
+}
+RAY_FILES = {"jobs/on_ray.py"}  # of the extra `ray`
+TUNE_FILES = {"tuning/study.py"}  # of the extra `tune`
 
 
 def place(file: Path) -> str:
@@ -42,10 +54,17 @@ def tops(file: Path) -> set[str]:
     return found - {"mergekit_tspa"} - sys.stdlib_module_names
 
 
+def project() -> dict:
+    return pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def extras() -> dict[str, list[str]]:
+    return project()["optional-dependencies"]
+
+
 def declared(extra: str | None = None) -> set[str]:
     """The modules of the dependencies in pyproject.toml, or of an extra."""
-    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    found = extras()[extra] if extra else project()["dependencies"]
     names = [Requirement(requirement).name for requirement in found]
     return {MODULES.get(name, name.replace("-", "_")) for name in names}
 
@@ -135,18 +154,30 @@ def test_click_stays_at_the_edge():
 
 
 def test_what_is_imported_is_declared():
-    needed, report = declared(), declared("report")
+    needed, report, ray = declared(), declared("report"), declared("ray")
+    tune = declared("tune") - {"mergekit_tspa"}
     for file in FILES:
-        allowed = needed | report if place(file) in REPORT_FILES else needed
+        allowed = needed | (report if place(file) in REPORT_FILES else set())
+        allowed |= ray if place(file) in RAY_FILES else set()
+        allowed |= tune if place(file) in TUNE_FILES else set()
         assert tops(file) <= allowed, f"{file}: {tops(file) - allowed}"
     # accelerate is what transformers offloads a large base with.
-    assert (needed | report) - {"accelerate"} == set().union(*map(tops, FILES))
-    assert declared("dev") >= {"mergekit_tspa"}, "which brings the extra `report`"
+    assert (needed | report | ray | tune) - {"accelerate"} == set().union(*map(tops, FILES))
+    (own,) = (r for r in map(Requirement, extras()["dev"]) if r.name == "mergekit-tspa")
+    assert own.extras >= {"report", "ray", "tune"}
+
+
+def test_ray_is_imported_when_it_is_asked_for():
+    """It is optional, and importing it takes half a second."""
+    for name in RAY_FILES:
+        tree = ast.parse((PACKAGE / name).read_text())
+        at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        assert "ray" not in {alias.name.split(".")[0] for node in at_once for alias in node.names}
 
 
 def test_no_file_shadows_a_library():
     """When a file is run by its path, modules are looked for in its folder first."""
-    libraries = sys.stdlib_module_names | declared() | declared("report")
+    libraries = sys.stdlib_module_names | declared() | declared("report") | declared("ray")
     places = [path for path in PACKAGE.rglob("*") if path.suffix == ".py" or path.is_dir()]
     shadowing = {place(path) for path in places if path.stem in libraries - {"__main__"}}
     assert not shadowing

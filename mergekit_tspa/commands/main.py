@@ -23,6 +23,10 @@ _OWN = {  # command: its module, and what it does
         "mergekit_tspa.commands.merge_adapter",
         "Merge to one PEFT adapter, without reading or writing a model.",
     ),
+    "batch": (
+        "mergekit_tspa.commands.run_batch",
+        "Merge every recipe of a directory, here or on many machines.",
+    ),
     "inspect": (
         "mergekit_tspa.commands.inspect_adapters",
         "What adapters are, how they agree and fight, and what a merge keeps.",

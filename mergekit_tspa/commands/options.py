@@ -84,6 +84,8 @@ class MergeCommand(Command):
                 explained.append(record)
         with formatter.section("Options"):
             formatter.write_dl(explained)
+        if not others:
+            return
         with formatter.section("Accepted as by mergekit-yaml, without effect here"):
             lines = textwrap.wrap(", ".join(others), formatter.width - 2, break_on_hyphens=False)
             formatter.write("".join(f"  {line}\n" for line in lines))

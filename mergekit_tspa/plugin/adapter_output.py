@@ -30,9 +30,10 @@ from mergekit_tspa.plugin.compat import (
     get_architecture_info,
     plan,
 )
-from mergekit_tspa.plugin.output import refuse_inputs
+from mergekit_tspa.plugin.output import held, refuse_inputs
 from mergekit_tspa.plugin.planning import MergeTasks, PlannedRecipe, log_task, merge_of
 from mergekit_tspa.plugin.recipe import leaves_out, span
+from mergekit_tspa.plugin.recipe_file import read_recipe
 from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields, device_of
 from mergekit_tspa.updates import LowRank
 
@@ -126,6 +127,22 @@ def adapter_task(tasks: MergeTasks, directory: Path, source: str | None = None) 
 def weight_ranges(plan: MergePlan) -> dict[str, str]:
     """The weights of each adapter, such as `0.5` or `0.5 to 0.7`."""
     return {name: span(used) for name, used in plan.weights_of().items()}
+
+
+def merge_to_adapter(file: Path, options: MergeOptions, out_path: Path) -> None:
+    """Merge the recipe of a file to one adapter in `out_path`, which nobody else writes meanwhile.
+
+    Raises:
+        InputError: the recipe cannot be merged to an adapter, or not to this directory.
+    """
+    config, source = read_recipe(file)
+    if (out_path / "config.json").exists():
+        raise InputError(
+            f"{out_path}: holds a model, and transformers would apply an adapter beside its config.json a "
+            "second time; name another directory"
+        )
+    with held(out_path):
+        write_merged_adapter(config, options, out_path, source)
 
 
 def write_merged_adapter(

@@ -545,6 +545,15 @@ def get_architecture_info(config: "MergeConfiguration", options: "MergeOptions")
     return GET_ARCHITECTURE_INFO.find()(config, options)
 
 
+def run_merge(config: "MergeConfiguration", out_path: str, options: "MergeOptions", source: str) -> None:
+    """Merge to a model as `mergekit-yaml` does, through our hook.
+
+    Args:
+        source: the recipe as its author wrote it
+    """
+    RUN_MERGE.find()(config, out_path, options, source)
+
+
 def accelerator_count() -> int:
     """How many accelerators `--multi-gpu` would use."""
     with suppress(AttributeError):  # of None, which torch calls the accelerator of a machine without one

@@ -51,8 +51,11 @@ def read_documents(file: Path) -> list[dict[str, Any]]:
     return _documents(_text(file), file)
 
 
-def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
+def read_recipe(file: Path, foreign: bool = False) -> tuple[MergeConfiguration, str]:
     """A recipe of one of our methods, and its text.
+
+    Args:
+        foreign: take any recipe for `run_merge`, which knows mergekit's own methods and gives the warnings
 
     Raises:
         InputError: it cannot be read, or is no such recipe.
@@ -69,6 +72,8 @@ def read_recipe(file: Path) -> tuple[MergeConfiguration, str]:
     except (ValidationError, RuntimeError) as error:
         what = "; ".join(faults_of(error))
         raise InputError(f"{file}: no recipe that mergekit can read: {what}") from error
+    if foreign:
+        return config, text
     if config.merge_method not in METHODS:
         near = nearest(config.merge_method, METHODS)
         hint = f"do you mean {near[0]}?" if near else "see `mergekit-tspa methods`"

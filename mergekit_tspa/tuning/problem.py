@@ -68,7 +68,8 @@ class Problem(NamedTuple):
     seed: int = 0
 
     def fingerprint(self, adapters: Sequence[str], texts: Texts) -> str:
-        """Of everything by which trials are comparable, so that none of another search is taken for its own."""
+        """Of everything by which trials are comparable, so that none of another search is taken for its "
+        "own."""
         tokens = {task: [list(example.tokens) for example in own] for task, own in texts.items()}
         what = json.dumps([self.goal, self.general_limit, self.rank, list(adapters), tokens])
         return hashlib.sha256(what.encode()).hexdigest()

@@ -1,7 +1,9 @@
 """What a search may vary of a method: its own parameters, within the ranges of the method table.
 
-A number between two bounds is drawn between them.  A positive one without an upper bound is drawn from a tenth to
-ten times its default, evenly in its logarithm.  Switches and words are drawn from all their values.  Whole numbers,
+A number between two bounds is drawn between them.  A positive one without an upper bound is drawn from a
+tenth to
+ten times its default, evenly in its logarithm.  Switches and words are drawn from all their values.  Whole
+numbers,
 which are ranks, counts and steps, stay at their defaults, and so does what only says how a solver works.
 """
 
@@ -61,10 +63,12 @@ def _varied(field: FieldInfo) -> Range | Choice | None:
     if kind is not float or not isinstance(field.default, float):
         return None
     names = ("ge", "gt", "le", "lt")
-    bounds = {name: getattr(bound, name) for bound in field.metadata for name in names if hasattr(bound, name)}
+    bounds = {name: getattr(bound, name) for bound in field.metadata for name in names if hasattr(bound,
+    name)}
     high = bounds.get("le", bounds["lt"] * INSIDE if "lt" in bounds else None)
     if high is None:
-        return Range(field.default / DECADE, field.default * DECADE, log=True) if field.default > 0 else None
+        low = max(field.default / DECADE, bounds.get("ge", 0.0))
+        return Range(low, field.default * DECADE, log=True) if low > 0 else None
     if 0 < field.default < SMALL:
         return Range(field.default / DECADE, high, log=True)
     return Range(bounds.get("ge", high * (1 - INSIDE)), high)

@@ -1,6 +1,7 @@
 """The trials of a search on disk: what was tried, what came of it, and how long it took.
 
-Optuna keeps them in a journal to which lines are only added, so that a search that is cut off goes on where it was.
+Optuna keeps them in a journal to which lines are only added, so that a search that is cut off goes on where
+it was.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,11 +76,13 @@ class Study:
             raise InputError(f"{file}: holds no trials of a search ({reason_of(error)}); name another file") from error
         if own not in (None, fingerprint):
             raise InputError(
-                f"{file}: holds the trials of another search, with other adapters, texts or limits; name another "
+                f"{file}: holds the trials of another search, with other adapters, texts or limits; name "
+                f"another "
                 "file, or delete it"
             )
         self.study.set_user_attr("fingerprint", fingerprint)
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):  # of a run that was killed
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):  # of a run that was
+        killed
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     @property

@@ -219,8 +219,7 @@ class Tuner:
         spec = Spec("distill", {"steps": steps})
         self._told(f"distilling in {steps} steps")
         last = len(self.split.rounds) - 1
-        self.pool.submit(spec, Job(spec, self._texts(last)))
-        outcome = self.pool.wait()
+        outcome = self._one(Job(spec, self._texts(last)))
         if outcome.error:
             self.left_out["distill"] = outcome.error
         self._add(FINISH, spec, last, outcome)
@@ -239,8 +238,7 @@ class Tuner:
         finalists = []
         for one in best:
             self._told(f"judging {one.spec.described()}", last=True)
-            self.pool.submit(one.spec, Job(one.spec, unseen))
-            outcome = self.pool.wait()
+            outcome = self._one(Job(one.spec, unseen))
             if outcome.error:
                 LOG.warning("%s: %s", one.spec.described(), outcome.error)
                 continue
@@ -313,22 +311,29 @@ class Tuner:
         self, next_job: Callable[[], tuple[Any, Job] | None], over: Callable[[Any, Outcome], None]
     ) -> None:
         """Keep the pool busy until there is no further job, and hear of each that is over."""
-        running: dict[int, tuple[Any, Job, float]] = {}
+        running: dict[int, tuple[Any, Job]] = {}
         number = 0
         while True:
             while len(running) < self.pool.capacity and (found := next_job()):
-                key, job = found
-                running[number] = key, job, time.monotonic()
-                self.pool.submit(number, job)
+                running[number] = found
+                self.pool.submit(number, found[1])
                 number += 1
             if not running:
                 return
             outcome = self.pool.wait()
-            key, job, began = running.pop(outcome.key)
-            if not outcome.error:
-                self._paced(job, time.monotonic() - began)
+            key, job = running.pop(outcome.key)
+            if outcome.seconds and not outcome.error:
+                self._paced(job, outcome.seconds)
             over(key, outcome)
             self.study.spent(self.clock.spent)
+
+    def _one(self, job: Job) -> Outcome:
+        """A job alone; what others of an interrupted search bring is let go."""
+        key = object()
+        self.pool.submit(key, job)
+        while (outcome := self.pool.wait()).key is not key:
+            pass
+        return outcome
 
     def _paced(self, job: Job, seconds: float) -> None:
         texts = self.judge.every

@@ -1,0 +1,1 @@
+"""Work that is done here, one job after another, or on many machines at once."""
