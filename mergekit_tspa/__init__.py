@@ -21,6 +21,7 @@ _LAZY = {
     "merge_adapters": "mergekit_tspa.merging.api",
     "read_adapter": "mergekit_tspa.adapters",
     "score": "mergekit_tspa.scoring.scores",
+    "tune": "mergekit_tspa.tuning.searches",
 }
 __all__ = [*_LAZY, "install"]
 

@@ -39,6 +39,10 @@ _OWN = {  # command: its module, and what it does
         "mergekit_tspa.commands.score_merges",
         "Which merge answers best: losses, and what of each adapter is retained.",
     ),
+    "tune": (
+        "mergekit_tspa.commands.tune_merge",
+        "Search for the merge that answers best, and write its recipe.",
+    ),
     "check": (
         "mergekit_tspa.commands.check_recipe",
         "Say what a merge would do, and all that is wrong with its recipe.",

@@ -190,10 +190,10 @@ class ScoreReport:
             return found | {"error": row.error}
         kept = self.retained(row)
         losses = row.judged.losses
-        found["loss"] = {task: _json_interval(loss_interval(own)) for task, own in losses.items()}
+        found["loss"] = {task: json_interval(loss_interval(own)) for task, own in losses.items()}
         if kept and row.kind != BASE:
-            found["retained"] = {task: _json_interval(own) for task, own in kept.tasks.items()}
-            found["retained_mean"], found["retained_worst"] = map(_json_interval, (kept.mean, kept.worst))
+            found["retained"] = {task: json_interval(own) for task, own in kept.tasks.items()}
+            found["retained_mean"], found["retained_worst"] = map(json_interval, (kept.mean, kept.worst))
         if row.judged.written:
             found["right"] = {
                 task: {"share": _share(own), "of": len(own), "tokens": _length(own)}
@@ -213,7 +213,7 @@ def shown(interval: Interval) -> str:
     return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
-def _json_interval(interval: Interval) -> dict[str, float | None]:
+def json_interval(interval: Interval) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in interval._asdict().items()}
 
 

@@ -63,8 +63,9 @@ def _varied(field: FieldInfo) -> Range | Choice | None:
     if kind is not float or not isinstance(field.default, float):
         return None
     names = ("ge", "gt", "le", "lt")
-    bounds = {name: getattr(bound, name) for bound in field.metadata for name in names if hasattr(bound,
-    name)}
+    bounds = {
+        name: getattr(bound, name) for bound in field.metadata for name in names if hasattr(bound, name)
+    }
     high = bounds.get("le", bounds["lt"] * INSIDE if "lt" in bounds else None)
     if high is None:
         low = max(field.default / DECADE, bounds.get("ge", 0.0))
@@ -86,10 +87,13 @@ def draw(trial: Any, method: Method, adapters: Sequence[str]) -> tuple[dict[str,
         `{parameter: value}` and `{adapter: weight}`.
     """
     parameters = {
-        name: _suggested(trial, f"{method.name}.{name}", varied) for name, varied in search_space(method).items()
+        name: _suggested(trial, f"{method.name}.{name}", varied)
+        for name, varied in search_space(method).items()
     }
     lowest = max(WEIGHT[0], method.min_weight)
-    weights = {name: trial.suggest_float(f"weight of {name}", lowest, WEIGHT[1], log=True) for name in adapters}
+    weights = {
+        name: trial.suggest_float(f"weight of {name}", lowest, WEIGHT[1], log=True) for name in adapters
+    }
     return parameters, weights
 
 

@@ -4,6 +4,7 @@ Optuna keeps them in a journal to which lines are only added, so that a search t
 it was.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,15 +54,18 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.file = file
         file.parent.mkdir(parents=True, exist_ok=True)
-        sampler = optuna.samplers.TPESampler(
-            seed=problem.seed,
-            multivariate=True,
-            group=True,
-            constant_liar=True,
-            n_startup_trials=STARTUP,
-            constraints_func=_constraints,
-            warn_independent_sampling=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # `group` is experimental, and constraints_func is to have another name
+            sampler = optuna.samplers.TPESampler(
+                seed=problem.seed,
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+                n_startup_trials=STARTUP,
+                constraints_func=_constraints,
+            )
         try:
             self.study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(str(file))),
@@ -73,7 +77,9 @@ class Study:
             )
             own = self.study.user_attrs.get("fingerprint")
         except Exception as error:  # json, keys that are missing, files that are no files
-            raise InputError(f"{file}: holds no trials of a search ({reason_of(error)}); name another file") from error
+            raise InputError(
+                f"{file}: holds no trials of a search ({reason_of(error)}); name another file"
+            ) from error
         if own not in (None, fingerprint):
             raise InputError(
                 f"{file}: holds the trials of another search, with other adapters, texts or limits; name "
@@ -81,8 +87,8 @@ class Study:
                 "file, or delete it"
             )
         self.study.set_user_attr("fingerprint", fingerprint)
-        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):  # of a run that was
-        killed
+        # Trials of a run that was killed.
+        for trial in self.study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     @property

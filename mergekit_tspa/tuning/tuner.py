@@ -1,5 +1,5 @@
-"""The search: every method at its defaults on few texts, then the promising ones on more, and the best on texts that
-it never saw.
+"""The search: every method at its defaults on few texts, then the promising ones on more, and the best on
+texts that it never saw.
 """
 
 import logging
@@ -31,7 +31,9 @@ LAST = 0.08  # of the time, for the texts that the search never sees
 FINALISTS = 3
 DRAWS = 200  # of the bootstrap that only ranks
 FEWEST_STEPS, MOST_STEPS = 16, 96  # of a distillation
-PASSES_A_STEP = 3.6  # passes over a text that a step of distillation costs: forward, backward, its share of tests
+PASSES_A_STEP = (
+    3.6  # passes over a text that a step of distillation costs: forward, backward, its share of tests
+)
 
 
 class Finalist(NamedTuple):
@@ -135,7 +137,7 @@ class Tuner:
         return self._result()
 
     # -- the stages
-    # ------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
 
     def _screen(self) -> None:
         """The first merge, and every method at its defaults, on the texts of the first round."""
@@ -162,7 +164,7 @@ class Tuner:
         self.untried = [spec.method for spec in queue if spec.method not in tried]
 
     def _search(self) -> None:
-        """The promising methods, their parameters, lambda and the weights, from one round of texts to the next."""
+        """The promising methods, their parameters, lambda and weights, on more and more texts."""
         if self.study.promising is None:
             self.study.choose(self._promising())
         promising = self.study.promising or []
@@ -259,14 +261,14 @@ class Tuner:
         )
 
     # -- what they share
-    # ------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
 
     @property
     def _trains(self) -> bool:
         return self.examples and "distill" in METHODS
 
     def _methods(self) -> Iterator[Method]:
-        """Those that can be tried, closed formulas first, because solvers take long; distillation comes last."""
+        """Those that can be tried, closed formulas first, because solvers take long; no distillation."""
         usable = [
             method
             for method in METHODS.values()
@@ -345,7 +347,7 @@ class Tuner:
         pace = sorted(self.pace)[len(self.pace) // 4] if self.pace else 1e-3
         own = [example for texts in self.judge.texts.values() for example in texts]
         length = sum(len(example.tokens) for example in own) / len(own)
-        # Two texts of each adapter in a step; before them the start, whose passes are about eight steps' worth.
+        # Two texts of each adapter in a step, and the start before them, which is worth about eight steps.
         step = PASSES_A_STEP * pace * 2 * len(self.adapters) * length
         return min(MOST_STEPS, int(seconds / step) - 8)
 
@@ -365,7 +367,9 @@ class Tuner:
         return chosen[:PROMISING]
 
     def _told(self, stage: str, last: bool = False) -> None:
-        best = max((one.value for one in self.study.tried() if one.value is not None and one.feasible), default=0.0)
+        best = max(
+            (one.value for one in self.study.tried() if one.value is not None and one.feasible), default=0.0
+        )
         done = 1.0 if last else min(1.0, self.clock.spent / self.clock.limit)
         self.progress(f"{stage}; best so far {best:.3f}", done, None)
 

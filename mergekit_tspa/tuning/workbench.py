@@ -127,5 +127,3 @@ class Workbench:
     def tasks(self) -> list[str]:
         """Names of the adapters, and of the texts that belong to none."""
         return [*self.judge.texts, *([GENERAL] if self.judge.general else [])]
-
-

@@ -1,0 +1,110 @@
+"""`mergekit-tspa tune`."""
+
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+
+from mergekit_tspa.base.files import replaced
+from mergekit_tspa.commands.command import NamedPath
+from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand, report_missing
+from mergekit_tspa.commands.score_merges import texts_by_name
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
+from mergekit_tspa.progress import Bar
+
+
+@click.command("tune", cls=MergeCommand, matters=(*PLANNING, *COMPUTING, *TALKING))
+@click.argument("config_file", metavar="RECIPE", type=NamedPath(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=NamedPath(dir_okay=False, path_type=Path),
+    help="The recipe that is found, such as best.yml; trials and report lie beside it.",
+)
+@click.option("--minutes", default=10.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option(
+    "--goal",
+    default="mean",
+    show_default=True,
+    type=click.Choice(["mean", "worst"]),
+    help="The share of the gains retained: the mean of the adapters, or the one that loses most.",
+)
+@click.option("--rank", type=click.IntRange(1), help="The result is to be one adapter of this rank.")
+@click.option(
+    "--held-out",
+    multiple=True,
+    metavar="NAME=FILE",
+    callback=texts_by_name,
+    help="Texts of adapter NAME to judge by; by default held_out of the recipe, or a third of examples.",
+)
+@click.option("--general", metavar="FILE", help="Texts that no adapter was trained on, so that harm is seen.")
+@click.option("--general-loss-at-most", type=float, help="Merges with a higher loss on them do not count.")
+@click.option(
+    "--storage",
+    type=NamedPath(dir_okay=False, path_type=Path),
+    help="Of the trials; by default beside OUT.  The same command goes on where it was.",
+)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Try on a Ray cluster; without ADDRESS that of RAY_ADDRESS, or this machine.",
+)
+@add_merge_options
+def main(
+    merge_options: MergeOptions,
+    config_file: Path,
+    out: Path,
+    minutes: float,
+    goal: str,
+    rank: int | None,
+    held_out: dict[str, str],
+    general: str | None,
+    general_loss_at_most: float | None,
+    storage: Path | None,
+    ray: str | None,
+) -> None:
+    """Search methods, their parameters and the weights for the merge of RECIPE's adapters that answers best.
+
+    Nothing is merged to disk.  A third of the texts is kept from the search and judges what it found.
+    """
+    try:
+        from mergekit_tspa.plugin.tune_recipe import tune_recipe
+        from mergekit_tspa.tuning.problem import Problem
+        from mergekit_tspa.tuning.tune_page import write_search
+        from mergekit_tspa.tuning.tune_report import sentences
+    except ModuleNotFoundError as error:
+        if error.name == "optuna":
+            raise InputError(
+                "a search needs optuna, which is not installed; run pip install 'mergekit-tspa[tune]'"
+            ) from error
+        raise report_missing(error) from error
+
+    merge_options.apply_global_options()
+    if out.suffix not in (".yml", ".yaml"):
+        raise InputError(f"{out}: name the recipe that is to be written, such as best.yml")
+    if out.exists() and out.resolve() == config_file.resolve():
+        raise InputError(f"{out}: it is the recipe that the search begins with; name another file")
+    report = out.with_name(f"{out.stem}-report")
+    if report.exists() and not report.is_dir():
+        raise InputError(
+            f"{report}: is a file, and the report is to be a directory there; name another --out"
+        )
+    problem = Problem(goal, general_loss_at_most, rank, merge_options.random_seed or 0)  # type: ignore[arg-type]
+    storage = storage or out.with_suffix(".trials")
+    with torch.no_grad(), Bar(merge_options.quiet) as bar:
+        tuning = tune_recipe(
+            config_file, merge_options, held_out, general, problem, minutes, storage, ray, bar.update
+        )
+    said = sentences(tuning.found)
+    header = "".join(f"# {sentence}\n" for sentence in said[:3])
+    with replaced(out) as file:
+        file.write_text(header + tuning.recipe, encoding="utf-8")
+    page = write_search(tuning.found, tuning.judge, tuning.split, tuning.base, report)
+    console = Console(markup=False, highlight=False)
+    for sentence in said:
+        console.print(f"- {sentence}", soft_wrap=True)
+    console.print(f"Recipe: {out}\nReport: {page}", soft_wrap=True)

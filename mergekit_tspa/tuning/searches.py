@@ -1,0 +1,221 @@
+"""Search for the best merge, in Python."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.calibration.batches import Texts
+from mergekit_tspa.calibration.examples import Example
+from mergekit_tspa.calibration.load import load_model, load_tokenizer
+from mergekit_tspa.calibration.readings import Reading, Readings, TextSource
+from mergekit_tspa.calibration.singles import Singles
+from mergekit_tspa.errors import InputError
+from mergekit_tspa.jobs.pool import Shared, open_pool
+from mergekit_tspa.merging.api import merge_adapters
+from mergekit_tspa.merging.arguments import AdapterLike, TextsLike, text_sources
+from mergekit_tspa.merging.guide import Guide
+from mergekit_tspa.merging.plan import MergePlan
+from mergekit_tspa.methods.inputs import Progress, silent
+from mergekit_tspa.scoring.judge import Judge
+from mergekit_tspa.scoring.scores import judge_of
+from mergekit_tspa.tuning.problem import Goal, Problem, split_texts
+from mergekit_tspa.tuning.study import Study
+from mergekit_tspa.tuning.tuner import Tuned, Tuner
+from mergekit_tspa.tuning.workbench import Job, Seen, Spec, Workbench
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that a worker makes its workbench of; it holds paths and tokens, and can be sent.
+
+    Args:
+        merge: makes a merge of the adapters on that machine, of which all others are variations
+        directory: of the base
+        sources: of the adapters' texts that methods may look at, by the adapter's name; none: no method may
+        rank: of the result
+        device: where methods and the model compute; None: a GPU where a worker has one
+        texts: that judge, as tokens, once they are written
+        general: the same of texts that belong to no adapter
+    """
+
+    merge: Callable[[], MergePlan]
+    directory: Path
+    sources: Mapping[str, TextSource]
+    rank: int | None = None
+    device: str | None = None
+    texts: Texts = field(default_factory=dict)
+    general: Sequence[Example] = ()
+
+    def open(self, shared: Shared = None) -> Workbench:
+        """Load the base, unless its tensors are there, and put the adapters beside it.
+
+        Args:
+            shared: the base's parameters, by their names in the model
+        """
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        model = load_model(self.directory, dtype, device=device)
+        if shared is not None:
+            _take(model, shared)
+        return self.on(model, device)
+
+    def on(self, model: Any, device: str, judge: Judge | None = None) -> Workbench:
+        """A workbench with a model that is in memory."""
+        merge = self.merge()
+        base = ModelTensors.of(str(self.directory), Checkpoint(self.directory))
+        by_name = {adapter.name: adapter for adapter in merge.adapters}
+        sources = {by_name[name]: source for name, source in self.sources.items()}
+        tokenizer = load_tokenizer(self.directory)
+        readings = None
+        if sources:
+            guide = Guide(base, self.directory, sources, model, tokenizer)
+            merge = replace(merge, guide=guide, again=merge.again and partial(_guided, merge.again, guide))
+            readings = Readings(
+                base, self.directory, sources, Reading(), device, model=model, tokenizer=tokenizer
+            )
+        if judge is None:
+            judge = Judge(Singles(model, base, merge.adapters), self.texts, self.general)
+        return Workbench(merge, judge, readings, self.rank, device)
+
+
+def _guided(again: Callable[..., MergePlan], guide: Guide, variation: Any) -> MergePlan:
+    return again(variation._replace(guide=variation.guide or guide))
+
+
+def _take(model: Any, shared: Mapping[str, Tensor]) -> None:
+    """Let the parameters of a model lie in memory that others read as well."""
+    for name, parameter in model.named_parameters():
+        if name in shared and shared[name].shape == parameter.shape:
+            parameter.data = shared[name]
+
+
+def run_job(bench: Workbench, job: Job) -> Seen:
+    """A trial, on whatever worker."""
+    return bench.run(job)
+
+
+class Search(NamedTuple):
+    """How a search runs."""
+
+    problem: Problem
+    minutes: float
+    storage: Path  # of its trials
+    start: Spec  # the merge that it begins with
+    ray: str | None = None  # as `open_pool` takes it
+    cpus: int = 1  # of a worker on Ray
+
+
+def search(bench: Bench, judge: Judge, how: Search, progress: Progress = silent) -> Tuned:
+    """Search for a merge; trials that are on disk already count.
+
+    Args:
+        bench: of the workers
+        judge: of the base, with all texts
+
+    Raises:
+        InputError: no trial has a result, a storage of another search, Ray is missing or not reached.
+    """
+    split = split_texts(judge.every)
+    bench = replace(bench, texts=judge.texts, general=judge.general)
+    study = Study(how.storage, how.problem, how.problem.fingerprint([*judge.texts], judge.every))
+    device = str(judge.singles.device)
+    if how.ray is None:
+        here = bench.on(judge.singles.model, device, judge)
+        pool = open_pool(run_job, lambda shared: here)
+    else:
+        parameters = dict(judge.singles.model.named_parameters()) if device == "cpu" else None
+        pool = open_pool(run_job, bench.open, parameters, ray=how.ray, cpus=how.cpus)
+    with pool:
+        tuner = Tuner(
+            study, pool, judge, split, how.problem, how.start, bool(bench.sources), how.minutes, progress
+        )
+        return tuner.run()
+
+
+def tune(
+    model: str | os.PathLike,
+    adapters: Sequence[AdapterLike],
+    held_out: TextsLike | Sequence[TextsLike | None],
+    examples: TextsLike | Sequence[TextsLike | None] | None = None,
+    general: TextsLike | None = None,
+    goal: Goal = "mean",
+    general_loss_at_most: float | None = None,
+    rank: int | None = None,
+    minutes: float = 10.0,
+    storage: str | os.PathLike | None = None,
+    seed: int = 0,
+    ray: str | None = None,
+    cpus: int = 1,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Tuned:
+    """Search methods, their parameters, weights and lambda for the merge that answers best.
+
+    Every method is tried at its defaults on few texts, then the promising ones are varied on more, and with
+    examples one adapter is trained.  A third of the texts judges only the result.
+
+    Args:
+        model: the base's directory
+        adapters: as for `merge_adapters`
+        held_out: texts that judge, one entry per adapter
+        examples: other texts of each, which methods may look at; without them no method reads texts
+        general: texts that no adapter was trained on
+        goal: `mean` over the adapters of the share of its gain that is retained, or that of the `worst`
+        general_loss_at_most: on the general texts, of merges that count
+        rank: of the result, which is then one adapter
+        minutes: for the search; loading the base and reading what it says by itself come on top
+        storage: a file with the trials; a search that has one goes on where it was
+        seed: of what is drawn
+        ray: None tries here; an address, or `""` for this machine, tries on a Ray cluster
+        cpus: of a worker there
+        device: of the base and the methods, by default the CPU
+        progress: hears of it
+
+    Raises:
+        InputError: an adapter without texts, no trial with a result, a storage of another search.
+    """
+    import tempfile
+
+    directory = Path(model)
+    merge = partial(_sum_of, adapters, str(directory))
+    plan = merge()
+    base = ModelTensors.of(str(directory), Checkpoint(directory))
+    judging = text_sources(plan.adapters, held_out, None)
+    readings = Readings(base, directory, judging, device=device or "cpu", progress=progress)
+    judge = judge_of(readings, general)
+    given = text_sources(plan.adapters, examples, None) if examples is not None else {}
+    if lacking := [adapter.name for adapter, source in given.items() if source.empty]:
+        raise InputError(f"{lacking[0]}: it has no examples; give each adapter some, or none at all")
+    sources = {adapter.name: source for adapter, source in given.items()}
+    problem = Problem(goal, general_loss_at_most, rank, seed)
+    check_problem(problem, judge)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(storage) if storage is not None else Path(folder) / "trials"
+        how = Search(problem, minutes, file, Spec("core_tsv"), ray, cpus)
+        return search(Bench(merge, directory, sources, rank, device), judge, how, progress)
+
+
+def _sum_of(adapters: Sequence[AdapterLike], base: str) -> MergePlan:
+    """A plan of the adapters, whose own result is of no interest."""
+    plan = merge_adapters("lora_task_arithmetic", adapters, base=base).plan
+    assert plan is not None
+    return plan
+
+
+def check_problem(problem: Problem, judge: Judge) -> None:
+    """
+    Raises:
+        InputError: a limit on general texts, and there are none.
+    """
+    if problem.general_limit is not None and not judge.general:
+        raise InputError(
+            "a limit on the loss of general texts needs such texts: give general (--general FILE)"
+        )
