@@ -19,7 +19,7 @@ from mergekit_tspa.plugin.references import AdapterReference, adapter_loader, ba
 from mergekit_tspa.plugin.score_recipes import judging_texts, planned_recipe, recipe_judge
 from mergekit_tspa.scoring.candidates import check_unmoved
 from mergekit_tspa.scoring.judge import Judge
-from mergekit_tspa.tuning.problem import Problem, Split, split_texts
+from mergekit_tspa.tuning.problem import Problem, Split
 from mergekit_tspa.tuning.search_space import tidy
 from mergekit_tspa.tuning.searches import Bench, Search, check_problem, search
 from mergekit_tspa.tuning.tuner import Tuned
@@ -80,11 +80,9 @@ def tune_recipe(
     cpus = options.num_threads or 1
     bench = Bench(partial(_merge_of, file, options), directory, examples, problem.rank, device)
     how = Search(problem, minutes, storage, start_of(recipe), ray, cpus)
-    found = search(bench, judge, how, progress)
+    searched = search(bench, judge, how, progress)
     base = str(recipe.config.base_model)
-    return Tuning(
-        found, judge, split_texts(judge.every), base, written_recipe(document, recipe, found.best, problem)
-    )
+    return Tuning(*searched, base, written_recipe(document, recipe, searched.found.best, problem))
 
 
 def _merge_of(file: Path, options: MergeOptions) -> MergePlan:

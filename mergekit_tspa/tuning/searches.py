@@ -1,7 +1,9 @@
 """Search for the best merge, in Python."""
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,11 +26,11 @@ from mergekit_tspa.merging.arguments import AdapterLike, TextsLike, text_sources
 from mergekit_tspa.merging.guide import Guide
 from mergekit_tspa.merging.plan import MergePlan
 from mergekit_tspa.methods.inputs import Progress, silent
-from mergekit_tspa.scoring.judge import Judge
+from mergekit_tspa.scoring.judge import GENERAL, Judge
 from mergekit_tspa.scoring.scores import judge_of
-from mergekit_tspa.tuning.problem import Goal, Problem, split_texts
+from mergekit_tspa.tuning.problem import Goal, Problem, Split, affordable, split_texts
 from mergekit_tspa.tuning.study import Study
-from mergekit_tspa.tuning.tuner import Tuned, Tuner
+from mergekit_tspa.tuning.tuner import Clock, Tuned, Tuner
 from mergekit_tspa.tuning.workbench import Job, Seen, Spec, Workbench
 
 
@@ -102,6 +104,14 @@ def run_job(bench: Workbench, job: Job) -> Seen:
     return bench.run(job)
 
 
+class Searched(NamedTuple):
+    """A search that is over, and what it was judged by."""
+
+    found: Tuned
+    judge: Judge
+    split: Split
+
+
 class Search(NamedTuple):
     """How a search runs."""
 
@@ -113,19 +123,26 @@ class Search(NamedTuple):
     cpus: int = 1  # of a worker on Ray
 
 
-def search(bench: Bench, judge: Judge, how: Search, progress: Progress = silent) -> Tuned:
+def search(bench: Bench, given: Judge, how: Search, progress: Progress = silent) -> Searched:
     """Search for a merge; trials that are on disk already count.
 
     Args:
         bench: of the workers
-        judge: of the base, with all texts
+        given: the base with all texts, of which as many are read as there is time for
 
     Raises:
         InputError: no trial has a result, a storage of another search, Ray is missing or not reached.
     """
-    split = split_texts(judge.every)
-    bench = replace(bench, texts=judge.texts, general=judge.general)
-    study = Study(how.storage, how.problem, how.problem.fingerprint([*judge.texts], judge.every))
+    split = split_texts(given.every)  # refuses too few
+    study = Study(how.storage, how.problem, how.problem.fingerprint([*given.texts], given.every))
+    clock = Clock(how.minutes, study.seconds)
+    size = study.size or affordable(clock.limit, _pace(given, split), given.every)
+    study.settle(size)
+    split = split_texts(given.every, size)
+    general = split.texts.get(GENERAL, [])
+    texts = {task: own for task, own in split.texts.items() if task != GENERAL}
+    judge = Judge(given.singles, texts, general, progress=progress)
+    bench = replace(bench, texts=texts, general=general)
     device = str(judge.singles.device)
     if how.ray is None:
         here = bench.on(judge.singles.model, device, judge)
@@ -134,10 +151,18 @@ def search(bench: Bench, judge: Judge, how: Search, progress: Progress = silent)
         parameters = dict(judge.singles.model.named_parameters()) if device == "cpu" else None
         pool = open_pool(run_job, bench.open, parameters, ray=how.ray, cpus=how.cpus)
     with pool:
-        tuner = Tuner(
-            study, pool, judge, split, how.problem, how.start, bool(bench.sources), how.minutes, progress
-        )
-        return tuner.run()
+        examples = bool(bench.sources)
+        tuner = Tuner(study, pool, judge, split, how.problem, how.start, examples, clock, progress)
+        return Searched(tuner.run(), judge, split)
+
+
+def _pace(judge: Judge, split: Split) -> float:
+    """Seconds a token, of the base on the texts of the first round."""
+    few = {task: [split.texts[task][i] for i in own] for task, own in split.rounds[0].items()}
+    start = time.perf_counter()
+    judge.judge("the base", judge.singles, nullcontext, few)
+    tokens = sum(len(text.tokens) for own in few.values() for text in own)
+    return (time.perf_counter() - start) / tokens
 
 
 def tune(
@@ -200,7 +225,7 @@ def tune(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(storage) if storage is not None else Path(folder) / "trials"
         how = Search(problem, minutes, file, Spec("core_tsv"), ray, cpus)
-        return search(Bench(merge, directory, sources, rank, device), judge, how, progress)
+        return search(Bench(merge, directory, sources, rank, device), judge, how, progress).found
 
 
 def _sum_of(adapters: Sequence[AdapterLike], base: str) -> MergePlan:

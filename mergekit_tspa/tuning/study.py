@@ -137,6 +137,15 @@ class Study:
         return [one for one in found if not stages or one.stage in stages]
 
     @property
+    def size(self) -> int | None:
+        """How many texts of a task trials read at most, once it is settled."""
+        return self.study.user_attrs.get("size")
+
+    def settle(self, size: int) -> None:
+        """How many texts of a task trials read at most."""
+        self.study.set_user_attr("size", size)
+
+    @property
     def promising(self) -> list[str] | None:
         """The methods that the search is about, once they are chosen."""
         return self.study.user_attrs.get("promising")

@@ -95,7 +95,7 @@ class Tuner:
         problem: what is searched for
         start: the merge that the search begins with
         examples: whether there are texts that methods may look at
-        minutes: for the whole search, earlier runs included
+        clock: of the whole search, earlier runs included
         progress: hears of it
     """
 
@@ -108,12 +108,12 @@ class Tuner:
         problem: Problem,
         start: Spec,
         examples: bool,
-        minutes: float,
+        clock: "Clock",
         progress: Progress = silent,
     ):
         self.study, self.pool, self.judge, self.split, self.problem = study, pool, judge, split, problem
         self.start, self.examples, self.progress = start, examples, progress
-        self.clock = Clock(minutes, study.seconds)
+        self.clock = clock
         self.adapters = [*judge.texts]
         self.base, self.single = judge.base.losses, judge.single.losses
         self.pace: list[float] = []  # seconds a token of trials that only read, to plan the training
