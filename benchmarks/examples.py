@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mergekit_tspa import merge_adapters, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
@@ -32,6 +31,7 @@ from mergekit_tspa.calibration.examples import Example
 from mergekit_tspa.calibration.load import load_model, load_tokenizer
 from mergekit_tspa.calibration.score import answer_logits
 from mergekit_tspa.calibration.singles import Singles
+from mergekit_tspa.scoring.losses import TextLoss, mean_loss, retained
 
 LENGTH = 192
 CASES: dict[
@@ -124,49 +124,24 @@ class Scorer:
         return found
 
 
-def mean(losses: list[list[float]], chosen: Tensor | None = None) -> float:
-    sums = torch.tensor(losses)
-    sums = sums if chosen is None else sums[chosen]
-    return float(sums[:, 0].sum() / sums[:, 1].sum())
-
-
-def retained(
-    base: Losses, single: Losses, merged: Losses, chosen: Mapping[str, Tensor] | None = None
-) -> float:
-    shares = []
-    for task in single:
-        b, s, m = (mean(losses[task], chosen and chosen[task]) for losses in (base, single, merged))
-        shares.append((b - m) / (b - s))
-    return sum(shares) / len(shares)
-
-
-def interval(base: Losses, single: Losses, merged: Losses, draws: int = 1000) -> tuple[float, float]:
-    """Between which 95 % of the resampled texts lie."""
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(draws):
-        chosen = {
-            task: torch.randint(len(own), (len(own),), generator=generator) for task, own in single.items()
-        }
-        found.append(retained(base, single, merged, chosen))
-    low, high = torch.tensor(found).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return low, high
+def text_losses(losses: Losses) -> dict[str, list[TextLoss]]:
+    return {task: [TextLoss(*text) for text in own] for task, own in losses.items()}
 
 
 def table(results: Mapping[str, Any], n: int) -> Iterator[str]:
     yield "| set | method | retained | 95 % | rank | merge, s | general: base, merge | tool: base, merge |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, own in results.items():
-        base, single = own["base"], own["single"]
+        base, single = text_losses(own["base"]), text_losses(own["single"])
         for label, found in own["merges"].items():
-            merged = found["losses"]
-            low, high = interval(base, single, merged)
+            merged = text_losses(found["losses"])
+            kept = retained(base, single, merged).mean
             other = [
-                f"{mean(base[task]):.3f}, {mean(merged[task]):.3f}" if task not in single else "-"
+                f"{mean_loss(base[task]):.3f}, {mean_loss(merged[task]):.3f}" if task not in single else "-"
                 for task in ("general", "tool")
             ]
             yield (
-                f"| {name} | {label} | {retained(base, single, merged):.3f} | {low:.3f} to {high:.3f} "
+                f"| {name} | {label} | {kept.value:.3f} | {kept.low:.3f} to {kept.high:.3f} "
                 f"| {found['rank']} | {found['seconds']:.0f} | {' | '.join(other)} |"
             )
 
