@@ -29,6 +29,8 @@ SCREENING = 0.45  # of the time, at most, for all methods at their defaults
 TRAINING = 0.55  # of the time for distillation, where there are examples
 LAST = 0.08  # of the time, for the texts that the search never sees
 FINALISTS = 3
+POOR = 0.5  # of the best so far: a method that is worse at its defaults is tried again with a shorter update
+SHORTER = 0.4  # of the default lambda; the sum of several updates is often too long
 DRAWS = 200  # of the bootstrap that only ranks
 FEWEST_STEPS, MOST_STEPS = 16, 96  # of a distillation
 PASSES_A_STEP = (
@@ -140,18 +142,24 @@ class Tuner:
     # ------------------------------------------------------------------------------------------------------
 
     def _screen(self) -> None:
-        """The first merge, and every method at its defaults, on the texts of the first round."""
+        """The first merge, and every method at its defaults, on the texts of the first round.
+
+        Poor ones are tried again with a shorter update, for which some rules are the best of all.
+        """
         done = [one.spec for one in self.study.tried(SCREEN)]
         specs = [self.start, *(Spec(method.name) for method in self._methods())]
         queue = [spec for i, spec in enumerate(specs) if spec not in done and spec not in specs[:i]]
         share = SCREENING * (0.6 if self.examples else 1.0)
-        waiting = iter(queue)
+        waiting, again = iter(queue), [*done]
 
         def next_job() -> tuple[Spec, Job] | None:
             if self.clock.left(share) <= 0:
                 return None
-            spec = next(waiting, None)
-            return spec and (spec, Job(spec, self._texts(0)))
+            spec = next(waiting, None) or next((one for one in self._shorter() if one not in again), None)
+            if spec is None:
+                return None
+            again.append(spec)
+            return spec, Job(spec, self._texts(0))
 
         def over(spec: Spec, outcome: Outcome) -> None:
             self._told(f"trying {spec.method} at its defaults")
@@ -163,6 +171,16 @@ class Tuner:
         tried = {one.spec.method for one in self.study.tried(SCREEN)}
         self.untried = [spec.method for spec in queue if spec.method not in tried]
 
+    def _shorter(self) -> Iterator[Spec]:
+        """Of methods that are poor at their defaults."""
+        tried = [one for one in self.study.tried(SCREEN) if one.value is not None]
+        best = max((one.value or 0.0 for one in tried), default=0.0)
+        for one in tried:
+            default = METHODS[one.spec.method].parameter_fields()["lambda"].default
+            poor = (one.value or 0.0) < POOR * best and not one.spec.parameters
+            if poor and isinstance(default, int | float):
+                yield one.spec._replace(parameters={"lambda": SHORTER * default})
+
     def _search(self) -> None:
         """The promising methods, their parameters, lambda and weights, on more and more texts."""
         if self.study.promising is None:
@@ -171,8 +189,11 @@ class Tuner:
         if not promising:
             return
         for method in promising:
+            screened = [one for one in self.study.tried(SCREEN) if one.spec.method == method]
+            best = max(screened, key=lambda one: -math.inf if one.value is None else one.value)
             point = {"method": method, "weighted": False} | defaults(METHODS[method], [])
-            self.study.start_at(point)
+            known = {f"{method}.{name}": value for name, value in best.spec.parameters.items()}
+            self.study.start_at(point | {name: value for name, value in known.items() if name in point})
         end = 1 - LAST - (TRAINING if self._trains else 0)
         again: list[tuple[Any, Spec, int]] = []  # trials that go on to their next round
 

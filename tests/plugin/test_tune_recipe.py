@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from mergekit_tspa.commands.main import main
 from mergekit_tspa.methods import METHODS
+from mergekit_tspa.tuning import tuner, workbench
 from tests.conftest import LINES, merge, recipe, write_lines, write_recipe
 from tests.plugin.test_score_recipes import judged
 
@@ -16,15 +17,24 @@ SOME = "core_tsv lora_ties actmat lora_task_arithmetic ctm_iso tspa_lora factor_
 
 
 @pytest.fixture(autouse=True)
-def fewer_methods(request, monkeypatch):
-    """The search is the same with eleven methods, and takes seconds."""
-    if "every_method" not in request.keywords:
-        kept = {name: METHODS[name] for name in SOME.split()}
-        monkeypatch.setattr("mergekit_tspa.tuning.tuner.METHODS", kept)
+def a_second_a_trial(monkeypatch):
+    """The search is the same with eleven methods, and its clock counts trials, on whatever machine."""
+    monkeypatch.setattr(tuner, "METHODS", {name: METHODS[name] for name in SOME.split()})
+    original, ran = workbench.Workbench.run, []
+
+    def run(self, job):
+        ran.append(job.spec)
+        return original(self, job)
+
+    monkeypatch.setattr(workbench.Workbench, "run", run)
+    monkeypatch.setattr(tuner.Clock, "spent", property(lambda self: self.before + len(ran)))
+    monkeypatch.setattr("mergekit_tspa.tuning.searches._pace", lambda judge, split: 1e-4)
+    return ran
 
 
-def tuned(*arguments, minutes: float = 0.06) -> tuple[int, str]:
-    result = CliRunner().invoke(main, ["tune", *map(str, arguments), "--minutes", str(minutes), "--quiet"])
+def tuned(*arguments, trials: int = 24) -> tuple[int, str]:
+    options = ["--minutes", str(trials / 60), "--quiet"]
+    result = CliRunner().invoke(main, ["tune", *map(str, arguments), *options])
     return result.exit_code, result.output
 
 
@@ -68,66 +78,64 @@ def test_a_recipe_that_runs_as_it_stands(config, tmp_path):
         assert " ".join(sentence.split()) in " ".join(said.split())
 
 
-def test_a_killed_search_goes_on_where_it_was(config, tmp_path, monkeypatch):
-    """The trials are on disk one by one: after a kill none is run again, and their time counts."""
-    from mergekit_tspa.tuning import workbench
+def killed_at(count: int, ran: list, monkeypatch, error: BaseException) -> None:
+    """The process ends when it has run so many trials."""
+    counted = workbench.Workbench.run
 
-    original, ran = workbench.Workbench.run, []
+    def run(self, job):
+        if len(ran) == count:
+            raise error
+        return counted(self, job)
+
+    monkeypatch.setattr(workbench.Workbench, "run", run)
+
+
+def test_a_killed_search_goes_on_where_it_was(config, tmp_path, monkeypatch, a_second_a_trial):
+    """The trials are on disk one by one: after a kill none is run again, and their time counts."""
+    ran, out = a_second_a_trial, tmp_path / "best.yml"
+    with monkeypatch.context() as patch:
+        killed_at(4, ran, patch, SystemExit(9))  # as a kill ends it: nothing is written any more
+        assert tuned(config, "--out", out)[0] == 9 and not out.exists()
+    before, size = ran[:], (tmp_path / "best.trials").stat().st_size
+    ran.clear()
+    code, said = tuned(config, "--out", out)
+    assert code == 0, said
+    assert not any(spec in before for spec in ran[:6]), "the rest of the screen"
+    assert len(ran) <= 24 - 4 + 3, "and no more than the rest of the time, and the last judging"
+    found = json.loads((tmp_path / "best-report/tune.json").read_text())
+    screened = [
+        (trial["method"], str(trial["parameters"])) for trial in found["trials"] if trial["stage"] == "screen"
+    ]
+    assert len(screened) == len(set(screened)) and {method for method, _ in screened} == {*SOME.split()[:7]}
+    assert (tmp_path / "best.trials").stat().st_size > size
+    ran.clear()  # Without time left it only judges again what it has.
+    assert tuned(config, "--out", out)[0] == 0
+    assert len(ran) <= 3
+
+
+def test_ctrl_c_writes_the_best_so_far(config, tmp_path, monkeypatch, a_second_a_trial):
+    ran = a_second_a_trial
+    counted = workbench.Workbench.run
 
     def run(self, job):
         if len(ran) == 4:
-            raise SystemExit(9)  # as a kill ends it: nothing is written any more
-        ran.append(job.spec)
-        return original(self, job)
-
-    monkeypatch.setattr(workbench.Workbench, "run", run)
-    out = tmp_path / "best.yml"
-    assert tuned(config, "--out", out)[0] == 9 and not out.exists()
-    trials = (tmp_path / "best.trials").stat().st_size
-    assert trials > 0
-    ran_before = list(ran)
-    monkeypatch.setattr(
-        workbench.Workbench, "run", lambda self, job: ran.append(job.spec) or original(self, job)
-    )
-    code, said = tuned(config, "--out", out, minutes=0.1)
-    assert code == 0, said
-    assert not any(spec in ran_before for spec in ran[4:])
-    found = json.loads((tmp_path / "best-report/tune.json").read_text())
-    screened = [(t["method"], str(t["parameters"])) for t in found["trials"] if t["stage"] == "screen"]
-    assert len(screened) == len(set(screened)) == 7
-    assert (tmp_path / "best.trials").stat().st_size > trials
-    # Without time left it only judges again what it has.
-    again = len(ran)
-    assert tuned(config, "--out", out, minutes=0.1)[0] == 0
-    assert len(ran) <= again + 3
-
-
-def test_ctrl_c_writes_the_best_so_far(config, tmp_path, monkeypatch):
-    from mergekit_tspa.tuning import workbench
-
-    original, ran = workbench.Workbench.run, []
-
-    def run(self, job):
-        ran.append(job.spec)
-        if len(ran) == 5:
+            ran.append("interrupted")
             raise KeyboardInterrupt
-        return original(self, job)
+        return counted(self, job)
 
     monkeypatch.setattr(workbench.Workbench, "run", run)
-    code, said = tuned(config, "--out", tmp_path / "best.yml", minutes=5)
+    code, said = tuned(config, "--out", tmp_path / "best.yml")
     assert code == 0, said
     found = json.loads((tmp_path / "best-report/tune.json").read_text())
-    assert (
-        len(found["trials"]) == 4
-        and merge(yaml.safe_load((tmp_path / "best.yml").read_text()), tmp_path / "m").exit_code == 0
-    )
+    assert len(found["trials"]) == 4
+    assert merge(yaml.safe_load((tmp_path / "best.yml").read_text()), tmp_path / "merged").exit_code == 0
 
 
 def test_examples_let_methods_read_and_train(speaking, held_out, tmp_path):
     base, adapters, texts = speaking
     given = judged(judged(recipe("core_tsv", base, adapters), "held_out", held_out), "examples", texts)
     config = write_recipe(tmp_path / "with.yml", given)
-    code, said = tuned(config, "--out", tmp_path / "best.yml", "--general", texts[0], minutes=0.2)
+    code, said = tuned(config, "--out", tmp_path / "best.yml", "--general", texts[0])
     assert code == 0, said
     found = json.loads((tmp_path / "best-report/tune.json").read_text())
     assert {"regmean", "regmean_plus", "fisher"} <= {trial["method"] for trial in found["trials"]}
