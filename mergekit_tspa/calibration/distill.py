@@ -8,7 +8,7 @@ trained, in float32 beside the base, whose precision stays.  This is no publishe
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ from mergekit_tspa.calibration.singles import Singles
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import seed_of
 from mergekit_tspa.updates import LoraFactors, LowRank
+
+ALIKE = 0.75  # of the longest text's length; with fewer texts in a batch less is padded
 
 
 class Distilled(NamedTuple):
@@ -168,23 +170,41 @@ def _descend(
     Raises:
         InputError: the divergence is NaN or infinite.
     """
-    batch = Batch.of((name, answer.example) for name, own in drawn.items() for answer in own)
-    with torch.enable_grad(), frozen(singles.model):
-        with singles.merged(parameters):
-            logits = answer_logits(singles, batch)
-        apart = divergence(logits, [answer for own in drawn.values() for answer in own])
-        # Each token's share: adapters count alike, and so do the tokens of an adapter.
-        sizes = {name: sum(answer.example.answer_tokens for answer in own) for name, own in drawn.items()}
-        shares = [torch.full((size,), 1 / (size * zero[name] * len(sizes))) for name, size in sizes.items()]
-        loss = apart @ torch.cat(shares).to(apart.device)
-        if not torch.isfinite(loss):
-            raise InputError("the distillation diverges; give a smaller rate")
-        # Not backward(), which would leave gradients on the model if somebody trains it.
-        gradients = torch.autograd.grad(loss, list(flat), allow_unused=True)
-    for factor, gradient in zip(flat, gradients):
-        factor.grad = gradient
+    # Each token's share: adapters count alike, and so do the tokens of an adapter.
+    sizes = {name: sum(answer.example.answer_tokens for answer in own) for name, own in drawn.items()}
+    shares = {name: 1 / (size * zero[name] * len(sizes)) for name, size in sizes.items()}
+    optimiser.zero_grad()
+    for texts in alike_in_length([(name, answer) for name, own in drawn.items() for answer in own]):
+        batch = Batch.of((name, answer.example) for name, answer in texts)
+        with torch.enable_grad(), frozen(singles.model):
+            with singles.merged(parameters):
+                logits = answer_logits(singles, batch)
+            apart = divergence(logits, [answer for _, answer in texts])
+            own = [torch.full((answer.example.answer_tokens,), shares[name]) for name, answer in texts]
+            loss = apart @ torch.cat(own).to(apart.device)
+            if not torch.isfinite(loss):
+                raise InputError("the distillation diverges; give a smaller rate")
+            # Not backward(), which would leave gradients on the model if somebody trains it.
+            gradients = torch.autograd.grad(loss, list(flat), allow_unused=True)
+        for factor, gradient in zip(flat, gradients):
+            if gradient is not None:
+                factor.grad = gradient if factor.grad is None else factor.grad + gradient
     torch.nn.utils.clip_grad_norm_(flat, 1.0)
     optimiser.step()
+
+
+def alike_in_length(texts: Iterable[tuple[str, Answers]]) -> list[list[tuple[str, Answers]]]:
+    """The texts in groups of which none is much longer than another, so that little is padded.
+
+    Within a group those of an adapter stand next to each other, as in a batch.
+    """
+    groups: list[list[tuple[str, Answers]]] = []
+    for text in sorted(texts, key=lambda text: -len(text[1].example.tokens)):
+        if groups and len(text[1].example.tokens) >= ALIKE * len(groups[-1][0][1].example.tokens):
+            groups[-1].append(text)
+        else:
+            groups.append([text])
+    return [sorted(group, key=lambda text: text[0]) for group in groups]
 
 
 def _balanced(factors: LoraFactors) -> LoraFactors:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mergekit_tspa.calibration import distill as distillation
 from mergekit_tspa.calibration.distill import distill, schedule, split_answers
 from mergekit_tspa.calibration.score import score, single_answers
 from mergekit_tspa.errors import InputError
@@ -98,3 +99,23 @@ def test_schedule():
     assert rates[0] == pytest.approx(0.2) and rates.index(max(rates)) == 4
     assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
     assert schedule(1, 10, 0) == 1
+
+
+def test_a_step_is_the_same_however_its_texts_are_grouped(setting, monkeypatch):
+    """Texts of like lengths are read together; in one batch or one by one the gradient is the same."""
+    singles, answers, start = setting
+    groups = distillation.alike_in_length(
+        [("one", a) for a in answers["one"]] + [("two", a) for a in answers["two"]]
+    )
+    for group in groups:
+        lengths = [len(answer.example.tokens) for _, answer in group]
+        assert min(lengths) >= distillation.ALIKE * max(lengths)
+    assert sum(map(len, groups)) == 48 and len(groups) > 1
+    found = []
+    for alike in (0.0, 0.75, 2.0):
+        monkeypatch.setattr(distillation, "ALIKE", alike)
+        # One step of the optimiser turns gradients into signs, which rounding may turn around; several do not.
+        found.append(distill(singles, start, answers, steps=8, every=8, rate=1e-2))
+    for other in found[1:]:
+        assert other.end == pytest.approx(found[0].end, rel=0.02)
+        assert found[0].end < 0.999 * found[0].start
