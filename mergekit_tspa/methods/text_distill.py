@@ -28,7 +28,7 @@ from mergekit_tspa.updates import LoraFactors
 
 class DistillParameters(TextParameters):
     start: str = Field("regmean", description="the method whose result the training starts from")
-    steps: int = Field(64, ge=0, description="of the optimiser")
+    steps: int = Field(96, ge=0, description="of the optimiser")
     texts_per_step: int = Field(2, ge=1, description="texts of each adapter in a step")
     rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="the largest learning rate")
 
