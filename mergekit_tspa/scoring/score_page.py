@@ -20,17 +20,14 @@ TERMS = (
     ("loss", "-log p of the answer's tokens, per token, in nats: lower is better."),
     (
         "retained",
-        "(loss of the base - loss of the merge) / (loss of the base - loss of the adapter alone), on the "
-        "adapter's "
-        "own texts. 1: the merge answers them as that adapter does; 0: as the base does. What is said of a "
-        "merge is "
-        "the mean over the adapters, and `worst` is the least of them.",
+        "1: the merge answers an adapter's own texts as well as that adapter alone; 0: as the base. Without "
+        "the name of an adapter it is the mean over all, and `worst` is the least of them. (loss of the base "
+        "- loss of the merge) / (loss of the base - loss of the adapter alone).",
     ),
     (
         "interval",
-        "in brackets, where 95 % of the values lie when texts are drawn anew from these texts. Two merges "
-        "inside "
-        "each other's intervals may still differ, but these texts do not tell.",
+        "in brackets after a value: where 95 % of the values lie when texts are drawn anew from these texts. "
+        "Two merges whose intervals overlap may still differ, but these texts do not tell.",
     ),
     ("general loss", "on texts that no adapter was trained on: above the base's, the merge harms."),
     ("rank", "of the adapter that can hold the merge; none where the merge is no adapter."),
@@ -91,8 +88,7 @@ def score_pictures(report: ScoreReport) -> Iterator[Picture]:
         "retained",
         "What each merge retains",
         "The share of the single adapters' gains that each merge retains: the mean with its interval, and a "
-        "mark for "
-        "each adapter. 0 is the base, 1 the adapter alone.",
+        "mark for each adapter. 0 is the base, 1 the adapter alone.",
         f"Share retained, the mean and its 95 % interval: {', '.join(said)}.",
         partial(_draw_retained, rows=rows, tasks=report.tasks, names=report.names),
     )

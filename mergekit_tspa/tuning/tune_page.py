@@ -23,6 +23,14 @@ from mergekit_tspa.tuning.tuner import Tuned
 
 PAGE, JSON, PNG = "tune.html", "tune.json", "tune-{}.png"
 GENERATOR = "mergekit-tspa tune"
+STAGES = (
+    (
+        "stage",
+        "screen: the recipe's own merge, and every method at its defaults, on few texts; search: the "
+        "promising methods with other parameters and weights; finish: one adapter, trained on the examples.",
+    ),
+    ("round", "how far the trial came: 1 on two texts of each adapter, the last on all texts of the search."),
+)
 BEST = 5  # trials that are drawn in colour
 
 
@@ -67,7 +75,7 @@ def write_search(found: Tuned, judge: Judge, split: Split, model: str, out: Path
                 ("On texts that the search never saw", ("merge", "mean", *names), finalists, (0,)),
                 ("The best trials", trials, list(best_rows(found.tried)), (1,)),
             ],
-            terms=TERMS,
+            terms=(*STAGES, *TERMS),
             foot="Losses are measured in memory; no text is kept.",
         )
     except OSError as error:
@@ -90,8 +98,7 @@ def search_pictures(found: Tuned, judge: Judge, split: Split) -> Iterator[Pictur
         "tradeoff",
         "The trade-off between tasks",
         "A line is a trial on the texts of the search: the share of each adapter's gain that it retains. "
-        "Lines that "
-        "cross give one adapter more and another less; the best trials have colours.",
+        "Lines that cross give one adapter more and another less; the best trials have colours.",
         f"Share of each adapter's gain by trial; the best trial: {best}.",
         partial(_draw_tradeoff, lines=lines, tasks=tasks, names=[names[task] for task in tasks]),
     )
