@@ -1,6 +1,7 @@
 """The report of scores on disk: JSON, one HTML file that needs nothing else, and its picture beside it."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -88,13 +89,15 @@ def score_pictures(report: ScoreReport) -> Iterator[Picture]:
         "retained",
         "What each merge retains",
         "The share of the single adapters' gains that each merge retains: the mean with its interval, and a "
-        "mark for each adapter. 0 is the base, 1 the adapter alone.",
+        "mark for each adapter. 0 is the base, 1 the adapter alone. What is below -1 or above 2.5 "
+        "is not drawn.",
         f"Share retained, the mean and its 95 % interval: {', '.join(said)}.",
         partial(_draw_retained, rows=rows, tasks=report.tasks, names=report.names),
     )
 
 
 _MARKS = "osD^vP*Xd<>"
+LOWEST, HIGHEST = -1.0, 2.5  # shares that are drawn, so that one bad merge does not hide the others
 
 
 def _draw_retained(
@@ -114,6 +117,15 @@ def _draw_retained(
         ax.axvline(share, color=theme.text, linewidth=0.8, linestyle=dashes, zorder=1)
     ax.set_yticks(range(len(rows)), [row.name for row, _ in rows])
     ax.set_ylim(-0.6, len(rows) - 0.4)
+    known = [share for _, kept in rows for share in (*kept.mean, *(own.value for own in kept.tasks.values()))]
+    known = [share for share in known if math.isfinite(share)]
+    low, high = max(min(*known, 0.0), LOWEST), min(max(*known, 1.0), HIGHEST)
+    ax.set_xlim(low - 0.06, high + 0.06)
+    for y, (_, kept) in enumerate(rows):
+        if kept.mean.value < low:
+            ax.text(low, y + 0.18, f"◂ {kept.mean.value:.2f}", color=theme.lines[0], va="bottom")
+        elif kept.mean.value > high:
+            ax.text(high, y + 0.18, f"{kept.mean.value:.2f} ▸", color=theme.lines[0], va="bottom", ha="right")
     ax.set_xlabel("share of the single adapters' gains that is retained")
     ax.grid(axis="x", color=theme.missing, linewidth=0.6)
     ax.set_axisbelow(True)
