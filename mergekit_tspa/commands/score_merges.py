@@ -73,12 +73,12 @@ def main(
     new_tokens: int,
     out: Path,
 ) -> None:
-    """Compare merges: which one answers texts best that no method has seen?
+    """Compare merges: which one answers texts best?
 
     Give one or more recipes of the same adapters, and any directories of adapters or models beside them.  The
     table has the base, each adapter alone, the plain sum of all, and every merge that you give.  It says how
     much of each adapter's gain over the base a merge retains (1: all of it, 0: nothing), and how sure that
-    is.
+    is.  The texts should be new to the adapters.
 
     No merged model is written.
     """

@@ -36,8 +36,8 @@ from mergekit_tspa.progress import Bar
     default="mean",
     show_default=True,
     type=click.Choice(["mean", "worst"]),
-    help="What is to be large: the share of an adapter's gain that the merge retains, as the mean of all "
-    "adapters, or of the adapter that loses most.",
+    help="What the search makes large: the share of an adapter's gain that the merge retains, as the mean "
+    "over the adapters, or that of the adapter of which least is retained.",
 )
 @click.option(
     "--rank",

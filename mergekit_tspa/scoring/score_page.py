@@ -123,9 +123,9 @@ def _draw_retained(
     ax.set_xlim(low - 0.06, high + 0.06)
     for y, (_, kept) in enumerate(rows):
         if kept.mean.value < low:
-            ax.text(low, y + 0.18, f"◂ {kept.mean.value:.2f}", color=theme.lines[0], va="bottom")
+            ax.text(low, y, f"◂ {kept.mean.value:.2f}", color=theme.lines[0], va="center")
         elif kept.mean.value > high:
-            ax.text(high, y + 0.18, f"{kept.mean.value:.2f} ▸", color=theme.lines[0], va="bottom", ha="right")
+            ax.text(high, y, f"{kept.mean.value:.2f} ▸", color=theme.lines[0], va="center", ha="right")
     ax.set_xlabel("share of the single adapters' gains that is retained")
     ax.grid(axis="x", color=theme.missing, linewidth=0.6)
     ax.set_axisbelow(True)
