@@ -100,6 +100,13 @@ _MARKS = "osD^vP*Xd<>"
 LOWEST, HIGHEST = -1.0, 2.5  # shares that are drawn, so that one bad merge does not hide the others
 
 
+def _reach(every: Sequence[Retained]) -> tuple[float, float]:
+    """From where to where shares are drawn: 0 and 1 always."""
+    shares = [s for kept in every for s in (*kept.mean, *(own.value for own in kept.tasks.values()))]
+    shares = [0.0, 1.0, *(share for share in shares if math.isfinite(share))]
+    return max(min(shares), LOWEST), min(max(shares), HIGHEST)
+
+
 def _draw_retained(
     theme: Theme, rows: Sequence[tuple[Row, Retained]], tasks: Sequence[str], names: Sequence[str]
 ) -> Figure:
@@ -117,9 +124,7 @@ def _draw_retained(
         ax.axvline(share, color=theme.text, linewidth=0.8, linestyle=dashes, zorder=1)
     ax.set_yticks(range(len(rows)), [row.name for row, _ in rows])
     ax.set_ylim(-0.6, len(rows) - 0.4)
-    known = [share for _, kept in rows for share in (*kept.mean, *(own.value for own in kept.tasks.values()))]
-    known = [share for share in known if math.isfinite(share)]
-    low, high = max(min(*known, 0.0), LOWEST), min(max(*known, 1.0), HIGHEST)
+    low, high = _reach([kept for _, kept in rows])
     ax.set_xlim(low - 0.06, high + 0.06)
     for y, (_, kept) in enumerate(rows):
         if kept.mean.value < low:
