@@ -37,7 +37,7 @@ _OWN = {  # command: its module, and what it does
     ),
     "score": (
         "mergekit_tspa.commands.score_merges",
-        "Which merge answers best: losses, and what of each adapter is retained.",
+        "Compare merges: which one answers texts best, and how sure that is.",
     ),
     "tune": (
         "mergekit_tspa.commands.tune_merge",

@@ -13,6 +13,12 @@ from mergekit_tspa.plugin.score_recipes import score_recipes
 from mergekit_tspa.progress import Bar
 from mergekit_tspa.scoring.scores import NEW_TOKENS
 
+HELD_OUT = (
+    "A file of texts by which merges are judged on what adapter NAME is for; once for each adapter.  By "
+    "default the recipe's held_out, or a third of its examples."
+)
+GENERAL = "A file of texts that no adapter was trained on, to see whether a merge harms what the base can do."
+
 
 def texts_by_name(
     _context: click.Context, _option: click.Parameter, given: tuple[str, ...]
@@ -40,18 +46,23 @@ def texts_by_name(
     multiple=True,
     metavar="NAME=FILE",
     callback=texts_by_name,
-    help="Texts of adapter NAME to judge by; by default held_out of the recipe, or a third of examples.",
+    help=HELD_OUT,
 )
-@click.option("--general", metavar="FILE", help="Texts that no adapter was trained on, so that harm is seen.")
+@click.option("--general", metavar="FILE", help=GENERAL)
 @click.option(
     "--new-tokens",
     default=NEW_TOKENS,
     show_default=True,
     type=click.IntRange(0),
-    help="Written at most to a text with an answer; 0: nothing.",
+    help="Where a text has an `answer`, each model writes its own of at most so many tokens, and right ones "
+    "are counted; 0 writes none.",
 )
 @click.option(
-    "--out", type=NamedPath(path_type=Path), default=Path("report"), help="Directory of the report."
+    "--out",
+    type=NamedPath(path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    help="Directory for score.html, score.json and a picture.",
 )
 @add_merge_options
 def main(
@@ -62,12 +73,14 @@ def main(
     new_tokens: int,
     out: Path,
 ) -> None:
-    """Which merge answers best: the base, each adapter alone, their plain sum, every RECIPE, and what is on
-    disk.
+    """Compare merges: which one answers texts best?
 
-    Nothing is merged to disk.  The table says, for each adapter's texts, the loss per token and the share of
-    the
-    adapter's own gain that the merge retains.
+    Give one or more recipes of the same adapters, and any directories of adapters or models beside them.  The
+    table has the base, each adapter alone, the plain sum of all, and every merge that you give.  It says how
+    much of each adapter's gain over the base a merge retains (1: all of it, 0: nothing), and how sure that
+    is.  The texts should be new to the adapters.
+
+    No merged model is written.
     """
     try:
         from mergekit_tspa.insight.page import check_out

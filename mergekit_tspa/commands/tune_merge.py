@@ -9,7 +9,7 @@ from rich.console import Console
 from mergekit_tspa.base.files import replaced
 from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand, report_missing
-from mergekit_tspa.commands.score_merges import texts_by_name
+from mergekit_tspa.commands.score_merges import GENERAL, HELD_OUT, texts_by_name
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.progress import Bar
@@ -21,37 +21,57 @@ from mergekit_tspa.progress import Bar
     "--out",
     required=True,
     type=NamedPath(dir_okay=False, path_type=Path),
-    help="The recipe that is found, such as best.yml; trials and report lie beside it.",
+    help="The recipe that is found is written here, such as best.yml; the trials (best.trials) and a "
+    "report (best-report) lie beside it.",
 )
-@click.option("--minutes", default=10.0, show_default=True, type=click.FloatRange(0, min_open=True))
+@click.option(
+    "--minutes",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="For the search, all its runs together.  Loading the base comes on top.",
+)
 @click.option(
     "--goal",
     default="mean",
     show_default=True,
     type=click.Choice(["mean", "worst"]),
-    help="The share of the gains retained: the mean of the adapters, or the one that loses most.",
+    help="What the search makes large: the share of an adapter's gain that the merge retains, as the mean "
+    "over the adapters, or that of the adapter of which least is retained.",
 )
-@click.option("--rank", type=click.IntRange(1), help="The result is to be one adapter of this rank.")
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    help="The result must be one adapter of this rank.  By default it may have any, or be a model.",
+)
 @click.option(
     "--held-out",
     multiple=True,
     metavar="NAME=FILE",
     callback=texts_by_name,
-    help="Texts of adapter NAME to judge by; by default held_out of the recipe, or a third of examples.",
+    help=HELD_OUT,
 )
-@click.option("--general", metavar="FILE", help="Texts that no adapter was trained on, so that harm is seen.")
-@click.option("--general-loss-at-most", type=float, help="Merges with a higher loss on them do not count.")
+@click.option("--general", metavar="FILE", help=GENERAL)
+@click.option(
+    "--general-loss-at-most",
+    type=float,
+    metavar="LOSS",
+    help="Merges with a higher loss on the texts of --general do not count.  `score --general` says what the "
+    "base has.",
+)
 @click.option(
     "--storage",
     type=NamedPath(dir_okay=False, path_type=Path),
-    help="Of the trials; by default beside OUT.  The same command goes on where it was.",
+    help="Holds the trials; by default a file beside --out.  With it the same command goes on where it was, "
+    "after Ctrl-C or a kill.",
 )
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Try on a Ray cluster; without ADDRESS that of RAY_ADDRESS, or this machine.",
+    help="Try several merges at once on the Ray cluster at HOST:PORT, or auto; without an address on all "
+    "cores of this machine.  Each worker has as many cores as --num-threads says, 1 by default.",
 )
 @add_merge_options
 def main(
@@ -67,9 +87,13 @@ def main(
     storage: Path | None,
     ray: str | None,
 ) -> None:
-    """Search methods, their parameters and the weights for the merge of RECIPE's adapters that answers best.
+    """Search for the merge of RECIPE's adapters that answers texts best, and write it as a recipe.
 
-    Nothing is merged to disk.  A third of the texts is kept from the search and judges what it found.
+    Methods, their parameters, lambda and the weights of the adapters are varied.  A third of the texts is
+    kept from the search; it judges what was found, and says how sure that is.  With `examples` in the recipe,
+    methods that look at texts take part.
+
+    No merged model is written.  Ctrl-C ends the search with the best merge so far.
     """
     try:
         from mergekit_tspa.plugin.tune_recipe import tune_recipe

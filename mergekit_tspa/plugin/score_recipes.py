@@ -65,12 +65,13 @@ def score_recipes(
     notes = []
     if any(source.part == "to judge" for source in texts.values()):
         notes.append(
-            "a third of the examples judges, and methods that look at texts were given the rest; the merge "
-            "that "
-            "a recipe makes is given all"
+            "A third of the examples judges, and methods that look at texts were given the rest; the merge "
+            "that a recipe makes is given all."
         )
     if any(source.examples == SELF for source in texts.values()):
-        notes.append("some adapters wrote the texts that judge themselves; give held_out texts to know more")
+        notes.append(
+            "Some adapters wrote the texts that judge them; give held_out texts, and the figures say more."
+        )
     device, base = options.device or "cpu", Path(base_loader(first.config).index.base_path)
     paths = [given if os.path.isdir(given) else os.path.splitext(given)[0] for given in inputs]
     candidates = [planned(SUM, SUM, plain_sum(first.merge), device, progress)]

@@ -1,6 +1,7 @@
 """The report of scores on disk: JSON, one HTML file that needs nothing else, and its picture beside it."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,17 +21,14 @@ TERMS = (
     ("loss", "-log p of the answer's tokens, per token, in nats: lower is better."),
     (
         "retained",
-        "(loss of the base - loss of the merge) / (loss of the base - loss of the adapter alone), on the "
-        "adapter's "
-        "own texts. 1: the merge answers them as that adapter does; 0: as the base does. What is said of a "
-        "merge is "
-        "the mean over the adapters, and `worst` is the least of them.",
+        "1: the merge answers an adapter's own texts as well as that adapter alone; 0: as the base. Without "
+        "the name of an adapter it is the mean over all, and `worst` is the least of them. (loss of the base "
+        "- loss of the merge) / (loss of the base - loss of the adapter alone).",
     ),
     (
         "interval",
-        "in brackets, where 95 % of the values lie when texts are drawn anew from these texts. Two merges "
-        "inside "
-        "each other's intervals may still differ, but these texts do not tell.",
+        "in brackets after a value: where 95 % of the values lie when texts are drawn anew from these texts. "
+        "Two merges whose intervals overlap may still differ, but these texts do not tell.",
     ),
     ("general loss", "on texts that no adapter was trained on: above the base's, the merge harms."),
     ("rank", "of the adapter that can hold the merge; none where the merge is no adapter."),
@@ -91,14 +89,22 @@ def score_pictures(report: ScoreReport) -> Iterator[Picture]:
         "retained",
         "What each merge retains",
         "The share of the single adapters' gains that each merge retains: the mean with its interval, and a "
-        "mark for "
-        "each adapter. 0 is the base, 1 the adapter alone.",
+        "mark for each adapter. 0 is the base, 1 the adapter alone. What is below -1 or above 2.5 "
+        "is not drawn.",
         f"Share retained, the mean and its 95 % interval: {', '.join(said)}.",
         partial(_draw_retained, rows=rows, tasks=report.tasks, names=report.names),
     )
 
 
 _MARKS = "osD^vP*Xd<>"
+LOWEST, HIGHEST = -1.0, 2.5  # shares that are drawn, so that one bad merge does not hide the others
+
+
+def _reach(every: Sequence[Retained]) -> tuple[float, float]:
+    """From where to where shares are drawn: 0 and 1 always."""
+    shares = [s for kept in every for s in (*kept.mean, *(own.value for own in kept.tasks.values()))]
+    shares = [0.0, 1.0, *(share for share in shares if math.isfinite(share))]
+    return max(min(shares), LOWEST), min(max(shares), HIGHEST)
 
 
 def _draw_retained(
@@ -118,6 +124,13 @@ def _draw_retained(
         ax.axvline(share, color=theme.text, linewidth=0.8, linestyle=dashes, zorder=1)
     ax.set_yticks(range(len(rows)), [row.name for row, _ in rows])
     ax.set_ylim(-0.6, len(rows) - 0.4)
+    low, high = _reach([kept for _, kept in rows])
+    ax.set_xlim(low - 0.06, high + 0.06)
+    for y, (_, kept) in enumerate(rows):
+        if kept.mean.value < low:
+            ax.text(low, y, f"◂ {kept.mean.value:.2f}", color=theme.lines[0], va="center")
+        elif kept.mean.value > high:
+            ax.text(high, y, f"{kept.mean.value:.2f} ▸", color=theme.lines[0], va="center", ha="right")
     ax.set_xlabel("share of the single adapters' gains that is retained")
     ax.grid(axis="x", color=theme.missing, linewidth=0.6)
     ax.set_axisbelow(True)

@@ -94,13 +94,16 @@ class ScoreReport:
         for task in useless:
             said.append(
                 f"{names[task]} is not better than the base on its texts, so no share of its gain can be "
-                "told, and it does not count in the means"
+                "told, and it does not count in the means."
             )
         few = min(map(len, self.single.values()))
         if few < FEW_TEXTS:
-            said.append(f"there are only {few} texts of a task, so the intervals are wide; give more texts")
+            said.append(
+                f"The fewest texts that judge an adapter are {few}. With less than {FEW_TEXTS} the intervals "
+                "are wide; give more."
+            )
         failed = [row for row in self.rows if row.error]
-        said += [f"{row.name} could not be merged: {row.error}" for row in failed]
+        said += [f"{row.name} could not be merged: {row.error}." for row in failed]
         ranked = [(kept.mean, row) for row in self.merges if (kept := self.retained(row))]
         ranked = sorted(
             [(mean, row) for mean, row in ranked if math.isfinite(mean.value)],
@@ -108,10 +111,11 @@ class ScoreReport:
         )
         if ranked:
             (mean, row), *others = ranked
-            said.append(f"{row.name} retains most, {shown(mean)} of the single adapters' gains")
+            said.append(f"{row.name} retains most: {shown(mean)} of the single adapters' gains.")
             if others and others[0][0].high > mean.low:
                 said.append(
-                    f"{others[0][1].name} is within the interval, so these texts do not tell which is better"
+                    f"{others[0][1].name} with {shown(others[0][0])} is within the interval, so these texts "
+                    "do not tell which of the two is better."
                 )
         return said
 

@@ -196,7 +196,7 @@ def tune(
         goal: `mean` over the adapters of the share of its gain that is retained, or that of the `worst`
         general_loss_at_most: on the general texts, of merges that count
         rank: of the result, which is then one adapter
-        minutes: for the search; loading the base and reading what it says by itself come on top
+        minutes: for the search; loading the base and writing answers to prompts come on top
         storage: a file with the trials; a search that has one goes on where it was
         seed: of what is drawn
         ray: None tries here; an address, or `""` for this machine, tries on a Ray cluster

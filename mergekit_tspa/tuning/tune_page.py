@@ -23,7 +23,16 @@ from mergekit_tspa.tuning.tuner import Tuned
 
 PAGE, JSON, PNG = "tune.html", "tune.json", "tune-{}.png"
 GENERATOR = "mergekit-tspa tune"
+STAGES = (
+    (
+        "stage",
+        "screen: the recipe's own merge, and every method at its defaults, on few texts; search: the "
+        "promising methods with other parameters and weights; finish: one adapter, trained on the examples.",
+    ),
+    ("round", "how far the trial came: 1 on two texts of each adapter, the last on all texts of the search."),
+)
 BEST = 5  # trials that are drawn in colour
+LOWEST, HIGHEST = -1.0, 2.5  # shares that are drawn
 
 
 def write_search(found: Tuned, judge: Judge, split: Split, model: str, out: Path) -> Path:
@@ -67,7 +76,7 @@ def write_search(found: Tuned, judge: Judge, split: Split, model: str, out: Path
                 ("On texts that the search never saw", ("merge", "mean", *names), finalists, (0,)),
                 ("The best trials", trials, list(best_rows(found.tried)), (1,)),
             ],
-            terms=TERMS,
+            terms=(*STAGES, *TERMS),
             foot="Losses are measured in memory; no text is kept.",
         )
     except OSError as error:
@@ -90,8 +99,8 @@ def search_pictures(found: Tuned, judge: Judge, split: Split) -> Iterator[Pictur
         "tradeoff",
         "The trade-off between tasks",
         "A line is a trial on the texts of the search: the share of each adapter's gain that it retains. "
-        "Lines that "
-        "cross give one adapter more and another less; the best trials have colours.",
+        "Lines that cross give one adapter more and another less. The best trials have colours. 0 is the "
+        "base, 1 the adapter alone.",
         f"Share of each adapter's gain by trial; the best trial: {best}.",
         partial(_draw_tradeoff, lines=lines, tasks=tasks, names=[names[task] for task in tasks]),
     )
@@ -110,6 +119,9 @@ def trial_shares(one: Tried, judge: Judge, split: Split) -> Mapping[str, float]:
     }
 
 
+_MARKS = "osD^v"  # one of each of the best
+
+
 def _draw_tradeoff(
     theme: Theme,
     lines: Sequence[tuple[Tried, Mapping[str, float]]],
@@ -125,17 +137,29 @@ def _draw_tradeoff(
         if rank < BEST:
             colour, dashes = theme.lines[rank % len(theme.lines)], ("-", "--")[rank // len(theme.lines)]
             label = one.spec.described()
-            label = label if len(label) < 64 else f"{label[:62]}…"
-            ax.plot(where, heights, dashes, color=colour, linewidth=2, marker="o", label=label, zorder=3)
+            label = label if len(label) < 100 else f"{label[:98]}…"
+            ax.plot(
+                where, heights, dashes, color=colour, linewidth=2, marker=_MARKS[rank], label=label, zorder=3
+            )
         else:
-            ax.plot(where, heights, color=theme.missing, linewidth=0.9, zorder=1)
+            ax.plot(where, heights, color=theme.text, alpha=0.2, linewidth=0.9, zorder=1)
     ax.axhline(1, color=theme.text, linewidth=0.8, linestyle="--")
     ax.axhline(0, color=theme.text, linewidth=0.8, linestyle=":")
-    low = min(min(shares[task] for task in tasks) for _, shares in lines[-max(BEST, len(lines) // 2) :])
-    ax.set_ylim(max(low - 0.05, -1.0), 1.1)
+    seen = [shares[task] for _, shares in lines[-max(BEST, len(lines) // 2) :] for task in tasks]
+    low, high = max(min(seen), LOWEST), max(min(max(seen), HIGHEST), 1.0)
+    ax.set_ylim(min(low, 0.9) - 0.05, high + 0.1)
     ax.set_xticks(where, names)
     ax.set_ylabel("share retained")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    figure.legend(loc="outside lower left", frameon=False, labelcolor=theme.text, fontsize=8)
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(  # the best first
+        handles[::-1],
+        labels[::-1],
+        loc="outside lower left",
+        frameon=False,
+        labelcolor=theme.text,
+        fontsize=8,
+        handlelength=4,
+    )
     return figure

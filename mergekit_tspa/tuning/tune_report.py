@@ -54,8 +54,17 @@ def sentences(found: Tuned) -> list[str]:
     if found.left_out:
         said.append(f"Left out were {'; '.join(f'{name} ({why})' for name, why in found.left_out.items())}.")
     if found.untried:
-        said.append(f"There was no time for {', '.join(found.untried)}; give more minutes.")
+        said.append(f"There was no time for {_some(found.untried)}; give more minutes.")
     return said
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    """
+    >>> _some(["a", "b", "c", "d"], 3)
+    'a, b, c and 1 more'
+    """
+    others = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + others
 
 
 def _harm(found: Tuned) -> str:

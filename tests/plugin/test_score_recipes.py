@@ -79,7 +79,7 @@ def test_a_third_of_the_examples_judges_and_never_calibrates(speaking, tmp_path,
     monkeypatch.setattr(judging.Judge, "__init__", kept)
     config = write_recipe(tmp_path / "regmean.yml", with_texts("regmean", speaking, values=texts))
     code, said = scored(config, "--out", tmp_path / "out")
-    assert code == 0 and "a third of the examples judges" in said, said
+    assert code == 0 and "A third of the examples judges" in said, said
     assert calibrated[0].keys() == judged_by[0].keys() == {str(adapter) for adapter in adapters}
     for name in calibrated[0]:
         assert len(calibrated[0][name]) == 6 and len(judged_by[0][name]) == 3
