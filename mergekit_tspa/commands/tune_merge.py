@@ -1,6 +1,8 @@
 """`mergekit-tspa tune`."""
 
+import math
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import click
 import torch
@@ -10,7 +12,7 @@ from mergekit_tspa.base.files import replaced
 from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand, report_missing
 from mergekit_tspa.commands.score_merges import texts_by_name
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, reason_of
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.progress import Bar
 
@@ -72,9 +74,10 @@ def main(
     Nothing is merged to disk.  A third of the texts is kept from the search and judges what it found.
     """
     try:
+        from mergekit_tspa.insight.page import check_out
         from mergekit_tspa.plugin.tune_recipe import tune_recipe
         from mergekit_tspa.tuning.problem import Problem
-        from mergekit_tspa.tuning.tune_page import write_search
+        from mergekit_tspa.tuning.tune_page import GENERATOR, PAGE, write_search
         from mergekit_tspa.tuning.tune_report import sentences
     except ModuleNotFoundError as error:
         if error.name == "optuna":
@@ -89,12 +92,18 @@ def main(
     if out.exists() and out.resolve() == config_file.resolve():
         raise InputError(f"{out}: it is the recipe that the search begins with; name another file")
     report = out.with_name(f"{out.stem}-report")
-    if report.exists() and not report.is_dir():
+    check_out(report, PAGE, GENERATOR)
+    _check_writable(out)
+    if not math.isfinite(minutes):
         raise InputError(
-            f"{report}: is a file, and the report is to be a directory there; name another --out"
+            f"--minutes {minutes} is no time for a search; give a number, and end it with Ctrl-C"
         )
     problem = Problem(goal, general_loss_at_most, rank, merge_options.random_seed or 0)  # type: ignore[arg-type]
     storage = storage or out.with_suffix(".trials")
+    if storage.resolve() in (out.resolve(), config_file.resolve()):
+        raise InputError(
+            f"{storage}: it is a recipe, and trials cannot be kept there; name another --storage"
+        )
     with torch.no_grad(), Bar(merge_options.quiet) as bar:
         tuning = tune_recipe(
             config_file, merge_options, held_out, general, problem, minutes, storage, ray, bar.update
@@ -108,3 +117,19 @@ def main(
     for sentence in said:
         console.print(f"- {sentence}", soft_wrap=True)
     console.print(f"Recipe: {out}\nReport: {page}", soft_wrap=True)
+
+
+def _check_writable(out: Path) -> None:
+    """Before the search, not after it.
+
+    Raises:
+        InputError: nothing can be written beside `out`.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{out}: it cannot be written there ({reason_of(error)}); name another --out"
+        ) from error

@@ -30,6 +30,7 @@ TRAINING = 0.55  # of the time for distillation, where there are examples
 LAST = 0.08  # of the time, for the texts that the search never sees
 FINALISTS = 3
 DRAWS = 200  # of the bootstrap that only ranks
+NOT_FINITE = "its losses are not finite"
 FEWEST_STEPS, MOST_STEPS = 16, 96  # of a distillation
 PASSES_A_STEP = (
     3.6  # passes over a text that a step of distillation costs: forward, backward, its share of tests
@@ -97,6 +98,7 @@ class Tuner:
         examples: whether there are texts that methods may look at
         clock: of the whole search, earlier runs included
         progress: hears of it
+        pace: seconds a token, as far as it is known before the first trial
     """
 
     def __init__(
@@ -110,15 +112,17 @@ class Tuner:
         examples: bool,
         clock: "Clock",
         progress: Progress = silent,
+        pace: float | None = None,
     ):
         self.study, self.pool, self.judge, self.split, self.problem = study, pool, judge, split, problem
         self.start, self.examples, self.progress = start, examples, progress
         self.clock = clock
         self.adapters = [*judge.texts]
         self.base, self.single = judge.base.losses, judge.single.losses
-        self.pace: list[float] = []  # seconds a token of trials that only read, to plan the training
-        self.left_out = {one.spec.method: one.error for one in study.tried(SCREEN) if one.error}
+        self.pace = [pace] if pace else []  # seconds a token, to plan the training
         self.untried: list[str] = []
+        self.interrupted = False
+        self._alone = 0  # jobs that ran outside the stages
 
     def run(self) -> Tuned:
         """Search until the time is over, or until Ctrl-C, and judge what was found.
@@ -132,6 +136,7 @@ class Tuner:
             self._finish()
         except KeyboardInterrupt:
             LOG.warning("the search is interrupted; the best merge so far is the result")
+            self.interrupted = True
         finally:
             self.study.spent(self.clock.spent)
         return self._result()
@@ -155,8 +160,6 @@ class Tuner:
 
         def over(spec: Spec, outcome: Outcome) -> None:
             self._told(f"trying {spec.method} at its defaults")
-            if outcome.error:
-                self.left_out[spec.method] = outcome.error
             self._add(SCREEN, spec, 0, outcome)
 
         self._all(next_job, over)
@@ -165,13 +168,13 @@ class Tuner:
 
     def _search(self) -> None:
         """The promising methods, their parameters, lambda and weights, on more and more texts."""
-        if self.study.promising is None:
-            self.study.choose(self._promising())
-        promising = self.study.promising or []
+        promising = self._promising()
         if not promising:
             return
+        # A run with more time may find others promising, and Optuna wants the same choice under a name.
+        which = f"method of {', '.join(promising)}"
         for method in promising:
-            point = {"method": method, "weighted": False} | defaults(METHODS[method], [])
+            point = {which: method, "weighted": False} | defaults(METHODS[method], [])
             self.study.start_at(point)
         end = 1 - LAST - (TRAINING if self._trains else 0)
         again: list[tuple[Any, Spec, int]] = []  # trials that go on to their next round
@@ -183,7 +186,7 @@ class Tuner:
             if self.clock.left(end) <= 0:
                 return None
             trial = self.study.ask()
-            name = trial.suggest_categorical("method", promising)
+            name = trial.suggest_categorical(which, promising)
             weighted = trial.suggest_categorical("weighted", [False, True])
             parameters, weights = draw(trial, METHODS[name], self.adapters if weighted else [])
             spec = Spec(name, parameters, weights)
@@ -198,6 +201,10 @@ class Tuner:
                 return
             seen: Seen = outcome.value
             value, excess = self._value(seen.losses, at)
+            if not math.isfinite(value):
+                self.study.note(trial, SEARCH, spec, error=NOT_FINITE, round=at)
+                self.study.tell(trial, None)
+                return
             self.study.note(
                 trial, SEARCH, spec, losses=seen.losses, rank=seen.rank, value=value, excess=excess, round=at
             )
@@ -222,8 +229,6 @@ class Tuner:
         self._told(f"distilling in {steps} steps")
         last = len(self.split.rounds) - 1
         outcome = self._one(Job(spec, self._texts(last)))
-        if outcome.error:
-            self.left_out["distill"] = outcome.error
         self._add(FINISH, spec, last, outcome)
 
     def _result(self) -> Tuned:
@@ -231,8 +236,7 @@ class Tuner:
         tried = self.study.tried()
         known = [one for one in tried if one.value is not None and math.isfinite(one.value) and one.feasible]
         if not known:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
-            raise _nothing_found(reasons)
+            raise self._nothing_found(tried)
         furthest = max(one.round for one in known)
         ranked = sorted(known, key=lambda one: (one.round == furthest, one.value), reverse=True)
         best = _different(ranked)[:FINALISTS]
@@ -240,7 +244,11 @@ class Tuner:
         finalists = []
         for one in best:
             self._told(f"judging {one.spec.described()}", last=True)
-            outcome = self._one(Job(one.spec, unseen))
+            try:
+                outcome = self._one(Job(one.spec, unseen))
+            except KeyboardInterrupt:
+                self.interrupted = True
+                break
             if outcome.error:
                 LOG.warning("%s: %s", one.spec.described(), outcome.error)
                 continue
@@ -249,13 +257,18 @@ class Tuner:
             finalists.append(Finalist(one, losses, kept))
         self.study.spent(self.clock.spent)
         if not finalists:
-            raise _nothing_found("what was found could not be merged again")
+            if self.interrupted:
+                raise InputError(
+                    f"the search was interrupted before its result was judged; its trials are in "
+                    f"{self.study.file}, and the same call goes on with them"
+                )
+            raise InputError("no merge was found: what was found could not be merged again; search anew")
         return Tuned(
             finalists,
             tried,
             only(self.base, unseen),
             only(self.single, self._own(unseen)),
-            self.left_out,
+            self._left_out(tried),
             self.untried,
             self.problem.goal,
         )
@@ -299,10 +312,13 @@ class Tuner:
             return
         seen: Seen = outcome.value
         value, excess = self._value(seen.losses, at)
+        if not math.isfinite(value):
+            self.study.add(stage, spec, None, error=NOT_FINITE, round=at)
+            return
         self.study.add(
             stage,
             spec,
-            value if math.isfinite(value) else None,
+            value,
             losses=seen.losses,
             rank=seen.rank,
             excess=excess,
@@ -331,11 +347,38 @@ class Tuner:
 
     def _one(self, job: Job) -> Outcome:
         """A job alone; what others of an interrupted search bring is let go."""
-        key = object()
+        self._alone += 1
+        key = f"alone {self._alone}"  # which another process can send back
         self.pool.submit(key, job)
-        while (outcome := self.pool.wait()).key is not key:
+        while (outcome := self.pool.wait()).key != key:
             pass
         return outcome
+
+    def _left_out(self, tried: Sequence[Tried]) -> dict[str, str]:
+        """Methods that had no result at their defaults, and why."""
+        with_result = {one.spec.method for one in tried if one.value is not None}
+        return {
+            one.spec.method: one.error
+            for one in tried
+            if one.stage != SEARCH and one.error and one.spec.method not in with_result
+        }
+
+    def _nothing_found(self, tried: Sequence[Tried]) -> InputError:
+        """Why there is no result."""
+        excesses = [one.excess for one in tried if one.value is not None and not one.feasible]
+        if excesses:
+            limit = self.problem.general_limit or 0.0
+            why = (
+                f"the lowest loss on general texts is {limit + min(excesses):.4g}, and {limit:.4g} is the "
+                f"limit, with {mean_loss(self.base[GENERAL]):.4g} of the base; raise it, or give more minutes"
+            )
+        elif left_out := self._left_out(tried):
+            why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        elif self.interrupted:
+            why = "the search was interrupted before its first trial was over; let it run longer"
+        else:
+            why = "there was no time for a trial; give more minutes"
+        return InputError(f"no merge was found: {why}")
 
     def _paced(self, job: Job, seconds: float) -> None:
         texts = self.judge.every
@@ -353,8 +396,9 @@ class Tuner:
 
     def _promising(self) -> list[str]:
         """The best methods of the first round, of those with one rule no more than two."""
-        ranked = [one for one in self.study.tried(SCREEN) if one.value is not None and one.feasible]
-        ranked.sort(key=lambda one: one.value or 0.0, reverse=True)
+        ranked = [one for one in self.study.tried(SCREEN) if one.value is not None]
+        # Of those that do more harm than they may, what does least: with a smaller lambda it may do less.
+        ranked.sort(key=lambda one: (one.feasible, one.value if one.feasible else -one.excess), reverse=True)
         chosen: list[str] = []
         rules: dict[str, int] = {}
         for one in ranked:
@@ -372,10 +416,6 @@ class Tuner:
         )
         done = 1.0 if last else min(1.0, self.clock.spent / self.clock.limit)
         self.progress(f"{stage}; best so far {best:.3f}", done, None)
-
-
-def _nothing_found(reasons: str) -> InputError:
-    return InputError(f"no merge was found: {reasons or 'there was no time for a trial; give more minutes'}")
 
 
 def _different(ranked: Sequence[Tried]) -> list[Tried]:

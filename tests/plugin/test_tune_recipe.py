@@ -77,7 +77,7 @@ def test_a_killed_search_goes_on_where_it_was(config, tmp_path, monkeypatch):
     def run(self, job):
         if len(ran) == 4:
             raise SystemExit(9)  # as a kill ends it: nothing is written any more
-        ran.append(job.spec)
+        ran.append(job)
         return original(self, job)
 
     monkeypatch.setattr(workbench.Workbench, "run", run)
@@ -86,12 +86,10 @@ def test_a_killed_search_goes_on_where_it_was(config, tmp_path, monkeypatch):
     trials = (tmp_path / "best.trials").stat().st_size
     assert trials > 0
     ran_before = list(ran)
-    monkeypatch.setattr(
-        workbench.Workbench, "run", lambda self, job: ran.append(job.spec) or original(self, job)
-    )
+    monkeypatch.setattr(workbench.Workbench, "run", lambda self, job: ran.append(job) or original(self, job))
     code, said = tuned(config, "--out", out, minutes=0.1)
     assert code == 0, said
-    assert not any(spec in ran_before for spec in ran[4:])
+    assert not any(job in ran_before for job in ran[4:])
     found = json.loads((tmp_path / "best-report/tune.json").read_text())
     screened = [(t["method"], str(t["parameters"])) for t in found["trials"] if t["stage"] == "screen"]
     assert len(screened) == len(set(screened)) == 7
