@@ -4,6 +4,7 @@ Optuna keeps them in a journal to which lines are only added, so that a search t
 it was.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ class Study:
                 constraints_func=_constraints,
             )
         try:
+            _mend_end(file)
             self.study = optuna.create_study(
                 storage=JournalStorage(JournalFileBackend(path)),
                 study_name="tune",
@@ -167,6 +169,23 @@ class Study:
     def settle(self, size: int) -> None:
         """How many texts of a task trials read at most."""
         self.study.set_user_attr("size", size)
+
+
+def _mend_end(file: Path) -> None:
+    """Take away a line that was cut off when it was written; the next one would be added to it.
+
+    Raises:
+        ValueError: the file is no journal.
+    """
+    if not file.exists() or not file.stat().st_size:
+        return
+    with file.open("rb+") as journal:
+        if "op_code" not in json.loads(journal.readline()):
+            raise ValueError("its first line is not that of a journal")
+        whole = journal.tell()
+        for line in journal:
+            whole += len(line) if line.endswith(b"\n") else 0
+        journal.truncate(whole)
 
 
 def _attributes(stage: str, spec: Spec, **found: Any) -> dict[str, Any]:
