@@ -12,7 +12,7 @@ from mergekit_tspa.base.files import replaced
 from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand, report_missing
 from mergekit_tspa.commands.score_merges import texts_by_name
-from mergekit_tspa.errors import InputError, reason_of
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.progress import Bar
 
@@ -109,7 +109,8 @@ def main(
             config_file, merge_options, held_out, general, problem, minutes, storage, ray, bar.update
         )
     said = sentences(tuning.found)
-    header = "".join(f"# {sentence}\n" for sentence in said[:3])
+    # A name with a line break must not end the comment.
+    header = "".join(f"# {' '.join(sentence.split())}\n" for sentence in said[:3])
     with replaced(out) as file:
         file.write_text(header + tuning.recipe, encoding="utf-8")
     page = write_search(tuning.found, tuning.judge, tuning.split, tuning.base, report)
@@ -131,5 +132,5 @@ def _check_writable(out: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"{out}: it cannot be written there ({reason_of(error)}); name another --out"
+            f"{out}: it cannot be written there ({error.strerror}); name another --out"
         ) from error

@@ -57,7 +57,7 @@ def check_storage(file: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"{file}: the trials cannot be kept there ({reason_of(error)}); name another file"
+            f"{file}: the trials cannot be kept there ({error.strerror}); name another file"
         ) from error
 
 

@@ -83,6 +83,7 @@ def loss(spec: Spec, task: str) -> float:
 
 @pytest.fixture(autouse=True)
 def methods(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda file: None)  # most of the time
     monkeypatch.setattr(tuning, "METHODS", {name: METHODS[name] for name in SHARES})
 
 
