@@ -1,6 +1,8 @@
 """`mergekit-tspa tune`."""
 
+import math
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import click
 import torch
@@ -96,9 +98,10 @@ def main(
     No merged model is written.  Ctrl-C ends the search with the best merge so far.
     """
     try:
+        from mergekit_tspa.insight.page import check_out
         from mergekit_tspa.plugin.tune_recipe import tune_recipe
         from mergekit_tspa.tuning.problem import Problem
-        from mergekit_tspa.tuning.tune_page import write_search
+        from mergekit_tspa.tuning.tune_page import GENERATOR, PAGE, write_search
         from mergekit_tspa.tuning.tune_report import sentences
     except ModuleNotFoundError as error:
         if error.name == "optuna":
@@ -113,18 +116,25 @@ def main(
     if out.exists() and out.resolve() == config_file.resolve():
         raise InputError(f"{out}: it is the recipe that the search begins with; name another file")
     report = out.with_name(f"{out.stem}-report")
-    if report.exists() and not report.is_dir():
+    check_out(report, PAGE, GENERATOR)
+    _check_writable(out)
+    if not math.isfinite(minutes):
         raise InputError(
-            f"{report}: is a file, and the report is to be a directory there; name another --out"
+            f"--minutes {minutes} is no time for a search; give a number, and end it with Ctrl-C"
         )
     problem = Problem(goal, general_loss_at_most, rank, merge_options.random_seed or 0)  # type: ignore[arg-type]
     storage = storage or out.with_suffix(".trials")
+    if storage.resolve() in (out.resolve(), config_file.resolve()):
+        raise InputError(
+            f"{storage}: it is a recipe, and trials cannot be kept there; name another --storage"
+        )
     with torch.no_grad(), Bar(merge_options.quiet) as bar:
         tuning = tune_recipe(
             config_file, merge_options, held_out, general, problem, minutes, storage, ray, bar.update
         )
     said = sentences(tuning.found)
-    header = "".join(f"# {sentence}\n" for sentence in said[:3])
+    # A name with a line break must not end the comment.
+    header = "".join(f"# {' '.join(sentence.split())}\n" for sentence in said[:3])
     with replaced(out) as file:
         file.write_text(header + tuning.recipe, encoding="utf-8")
     page = write_search(tuning.found, tuning.judge, tuning.split, tuning.base, report)
@@ -132,3 +142,19 @@ def main(
     for sentence in said:
         console.print(f"- {sentence}", soft_wrap=True)
     console.print(f"Recipe: {out}\nReport: {page}", soft_wrap=True)
+
+
+def _check_writable(out: Path) -> None:
+    """Before the search, not after it.
+
+    Raises:
+        InputError: nothing can be written beside `out`.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{out}: it cannot be written there ({error.strerror}); name another --out"
+        ) from error

@@ -10,8 +10,9 @@ import yaml
 from mergekit_tspa.calibration.readings import TextSource
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.plan import MergePlan
-from mergekit_tspa.methods.inputs import Progress
+from mergekit_tspa.methods.inputs import PER_MODEL, Progress
 from mergekit_tspa.plugin.compat import MergeOptions, ModelReference
+from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, TEXTS
 from mergekit_tspa.plugin.planning import PlannedRecipe
 from mergekit_tspa.plugin.recipe import sources
 from mergekit_tspa.plugin.recipe_file import read_documents, read_recipe
@@ -22,6 +23,7 @@ from mergekit_tspa.scoring.judge import Judge
 from mergekit_tspa.tuning.problem import Problem, Split
 from mergekit_tspa.tuning.search_space import tidy
 from mergekit_tspa.tuning.searches import Bench, Search, check_problem, search
+from mergekit_tspa.tuning.study import check_storage
 from mergekit_tspa.tuning.tuner import Tuned
 from mergekit_tspa.tuning.workbench import Spec
 
@@ -61,6 +63,7 @@ def tune_recipe(
     Raises:
         InputError: input that is not readable or cannot be merged, no trial with a result.
     """
+    check_storage(storage)
     document = _document(file)
     recipe = planned_recipe(file, options)
     check_unmoved(recipe.merge)
@@ -127,7 +130,8 @@ def written_recipe(document: Mapping[str, Any], recipe: PlannedRecipe, best: Spe
     parameters = dict(tidy(best.parameters))
     if problem.rank is not None:
         parameters["rank"] = problem.rank
-    for name in ("adapter", "adapter_leaves_out"):
+    # Of the adapters and the output, not of the method.
+    for name in (*ADAPTER_PARAMETERS, *PER_MODEL, *(spec.name for spec in TEXTS)):
         if name in (document.get("parameters") or {}):
             parameters[name] = document["parameters"][name]
     models, weights = [], dict(tidy(best.weights))

@@ -91,6 +91,8 @@ def difference(
         worst: of the task where least is retained, in place of the mean
     """
     tasks = [task for task, gain in gains(base, single).items() if gain > LEAST_GAIN]
+    if not tasks:
+        return Interval(math.nan, math.nan, math.nan)
     drawn = []
     for merge in (one, other):
         generator = torch.Generator().manual_seed(0)

@@ -15,12 +15,14 @@ from pydantic.fields import FieldInfo
 
 from mergekit_tspa.methods.inputs import Parameters
 from mergekit_tspa.methods.method import Method
+from mergekit_tspa.methods.rules import RULES
 
 # How a solver works, what texts are written, and spellings of a rule for comparison with published code.
 FIXED = {
     *("seed", "solver", "tolerance", "attention_lr", "lora_lr", "rate", "momentum", "temperature", "memory"),
     *("coefficients", "convention", "published", "variant", "exact", "start", "gauge", "clamp"),
 }
+FLAT = {rule.name for rule in RULES if rule.flat}  # there is nothing that `svc` could do after them
 LENGTH = (0.2, 3.0)  # of lambda, as a multiple of its default
 WEIGHT = (0.4, 1.6)  # of an adapter's weight
 SMALL = 0.05  # a default below this, between bounds from 0, is varied by its logarithm
@@ -43,11 +45,12 @@ Choice = Sequence[Any]  # values, one of which is drawn
 def search_space(method: Method) -> dict[str, Range | Choice]:
     """The parameters of a method that are varied, by their names in a recipe; `lambda` is one of them."""
     space: dict[str, Range | Choice] = {}
+    flat = method.name.partition("_")[2] in FLAT
     for name, field in method.parameter_fields().items():
         if name == "lambda":
             default = field.default if isinstance(field.default, int | float) else 1.0
             space[name] = Range(LENGTH[0] * default, LENGTH[1] * default, log=True)
-        elif name in Parameters.model_fields or name in FIXED:
+        elif name in Parameters.model_fields or name in FIXED or (flat and name == "svc"):
             continue
         elif found := _varied(field):
             space[name] = found
@@ -90,6 +93,9 @@ def draw(trial: Any, method: Method, adapters: Sequence[str]) -> tuple[dict[str,
         name: _suggested(trial, f"{method.name}.{name}", varied)
         for name, varied in search_space(method).items()
     }
+    if "epsilon" in parameters:  # DELLA's, on both sides of the density
+        parameters["density"] = density = min(parameters["density"], INSIDE)
+        parameters["epsilon"] = min(parameters["epsilon"], INSIDE * min(density, 1 - density))
     lowest = max(WEIGHT[0], method.min_weight)
     weights = {
         name: trial.suggest_float(f"weight of {name}", lowest, WEIGHT[1], log=True) for name in adapters

@@ -1,5 +1,8 @@
 """Search for the best merge, in Python."""
 
+import hashlib
+import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +22,9 @@ from mergekit_tspa.calibration.examples import Example
 from mergekit_tspa.calibration.load import load_model, load_tokenizer
 from mergekit_tspa.calibration.readings import Reading, Readings, TextSource
 from mergekit_tspa.calibration.singles import Singles
+from mergekit_tspa.calibration.store import hash_base
 from mergekit_tspa.errors import InputError
-from mergekit_tspa.jobs.pool import Shared, open_pool
+from mergekit_tspa.jobs.pool import Pool, Shared, open_pool
 from mergekit_tspa.merging.api import merge_adapters
 from mergekit_tspa.merging.arguments import AdapterLike, TextsLike, text_sources
 from mergekit_tspa.merging.guide import Guide
@@ -28,8 +32,8 @@ from mergekit_tspa.merging.plan import MergePlan
 from mergekit_tspa.methods.inputs import Progress, silent
 from mergekit_tspa.scoring.judge import GENERAL, Judge
 from mergekit_tspa.scoring.scores import judge_of
-from mergekit_tspa.tuning.problem import Goal, Problem, Split, affordable, split_texts
-from mergekit_tspa.tuning.study import Study
+from mergekit_tspa.tuning.problem import Goal, Problem, Split, affordable, split_texts, telling
+from mergekit_tspa.tuning.study import Study, check_storage
 from mergekit_tspa.tuning.tuner import Clock, Tuned, Tuner
 from mergekit_tspa.tuning.workbench import Job, Seen, Spec, Workbench
 
@@ -99,9 +103,23 @@ def _take(model: Any, shared: Mapping[str, Tensor]) -> None:
             parameter.data = shared[name]
 
 
-def run_job(bench: Workbench, job: Job) -> Seen:
-    """A trial, on whatever worker."""
-    return bench.run(job)
+def run_job(bench: Workbench, job: Job | None) -> Seen | None:
+    """A trial, on whatever worker; None only wants it to be there."""
+    return None if job is None else bench.run(job)
+
+
+def _ready(pool: Pool) -> None:
+    """Wait until the workers have loaded the base, which is not to count as time of the search.
+
+    Raises:
+        InputError: none of them can.
+    """
+    count = pool.capacity
+    for number in range(count):
+        pool.submit(f"ready {number}", None)
+    errors = [pool.wait().error for _ in range(count)]
+    if errors[0] and all(errors):
+        raise InputError(errors[0])
 
 
 class Searched(NamedTuple):
@@ -133,15 +151,26 @@ def search(bench: Bench, given: Judge, how: Search, progress: Progress = silent)
     Raises:
         InputError: no trial has a result, a storage of another search, Ray is missing or not reached.
     """
+    if not 0 < how.minutes < math.inf:
+        raise InputError(f"{how.minutes} minutes are no time for a search; give a positive number")
     split = split_texts(given.every)  # refuses too few
-    study = Study(how.storage, how.problem, how.problem.fingerprint([*given.texts], given.every))
-    clock = Clock(how.minutes, study.seconds)
-    size = study.size or affordable(clock.limit, _pace(given, split), given.every)
+    examples = {name: [source.examples, source.part] for name, source in bench.sources.items()}
+    merged = hash_base(Checkpoint(bench.directory)), _hash(given.singles)
+    study = Study(
+        how.storage,
+        how.problem,
+        how.problem.fingerprint([*given.texts], given.every, examples, *merged),
+    )
+    pace = _pace(given, split)
+    # Trials on other numbers of texts are not comparable.
+    size = study.size if study.tried() else None
+    size = size or affordable(60 * how.minutes, pace, given.every)
     study.settle(size)
     split = split_texts(given.every, size)
     general = split.texts.get(GENERAL, [])
     texts = {task: own for task, own in split.texts.items() if task != GENERAL}
     judge = Judge(given.singles, texts, general, progress=progress)
+    split = telling(split, judge.base.losses, judge.single.losses)
     bench = replace(bench, texts=texts, general=general)
     device = str(judge.singles.device)
     if how.ray is None:
@@ -151,9 +180,23 @@ def search(bench: Bench, given: Judge, how: Search, progress: Progress = silent)
         parameters = dict(judge.singles.model.named_parameters()) if device == "cpu" else None
         pool = open_pool(run_job, bench.open, parameters, ray=how.ray, cpus=how.cpus)
     with pool:
-        examples = bool(bench.sources)
-        tuner = Tuner(study, pool, judge, split, how.problem, how.start, examples, clock, progress)
+        if how.ray is not None:
+            _ready(pool)
+        clock = Clock(how.minutes, study.seconds)
+        guided = bool(bench.sources)
+        tuner = Tuner(study, pool, judge, split, how.problem, how.start, guided, clock, progress, pace)
         return Searched(tuner.run(), judge, split)
+
+
+def _hash(singles: Singles) -> str:
+    """Of what the adapters do to the linear layers: a new version in the same place is another adapter."""
+    found = hashlib.sha256()
+    for name, own in singles.factors.items():
+        for tensor, factors in own.items():
+            found.update(json.dumps([name, tensor, factors.B.shape]).encode())
+            for matrix in (factors.B, factors.A):
+                found.update(matrix.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _pace(judge: Judge, split: Split) -> float:
@@ -209,6 +252,8 @@ def tune(
     """
     import tempfile
 
+    if storage is not None:
+        check_storage(Path(storage))
     directory = Path(model)
     merge = partial(_sum_of, adapters, str(directory))
     plan = merge()
@@ -238,8 +283,16 @@ def _sum_of(adapters: Sequence[AdapterLike], base: str) -> MergePlan:
 def check_problem(problem: Problem, judge: Judge) -> None:
     """
     Raises:
-        InputError: a limit on general texts, and there are none.
+        InputError: a goal or a limit that is none, or a limit on general texts, and there are none.
     """
+    if problem.goal not in get_args(Goal):
+        raise InputError(f"goal {problem.goal!r}: give one of {', '.join(get_args(Goal))}")
+    if problem.rank is not None and problem.rank < 1:
+        raise InputError(f"rank {problem.rank}: an adapter has a rank of at least 1; give that or more")
+    if problem.general_limit is not None and not math.isfinite(problem.general_limit):
+        raise InputError(
+            f"a loss of {problem.general_limit} on general texts is no limit; give a number or leave it out"
+        )
     if problem.general_limit is not None and not judge.general:
         raise InputError(
             "a limit on the loss of general texts needs such texts: give general (--general FILE)"

@@ -4,9 +4,11 @@ Optuna keeps them in a journal to which lines are only added, so that a search t
 it was.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import optuna
@@ -33,10 +35,30 @@ class Tried(NamedTuple):
     spec: Spec
     value: float | None  # of the goal, on the texts of its last round; None: it failed
     round: int  # how far it came
-    feasible: bool
+    excess: float  # of the loss on general texts over its limit
     losses: Losses  # on the texts of its last round
     rank: int | None
     error: str
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps the limit."""
+        return self.excess <= 0
+
+
+def check_storage(file: Path) -> None:
+    """
+    Raises:
+        InputError: the trials cannot be written to that file.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab") if file.exists() else TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{file}: the trials cannot be kept there ({error.strerror}); name another file"
+        ) from error
 
 
 class Study:
@@ -53,7 +75,9 @@ class Study:
     def __init__(self, file: Path, problem: Problem, fingerprint: str):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
+        check_storage(file)
+        # Beside a relative path Optuna would look for its lock in vain, and for ever.
+        path = str(file.absolute())
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
@@ -67,8 +91,9 @@ class Study:
                 constraints_func=_constraints,
             )
         try:
+            _mend_end(file)
             self.study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(file))),
+                storage=JournalStorage(JournalFileBackend(path)),
                 study_name="tune",
                 direction="maximize",
                 sampler=sampler,
@@ -145,14 +170,22 @@ class Study:
         """How many texts of a task trials read at most."""
         self.study.set_user_attr("size", size)
 
-    @property
-    def promising(self) -> list[str] | None:
-        """The methods that the search is about, once they are chosen."""
-        return self.study.user_attrs.get("promising")
 
-    def choose(self, methods: Sequence[str]) -> None:
-        """Which methods the search is about."""
-        self.study.set_user_attr("promising", list(methods))
+def _mend_end(file: Path) -> None:
+    """Take away a line that was cut off when it was written; the next one would be added to it.
+
+    Raises:
+        ValueError: the file is no journal.
+    """
+    if not file.exists() or not file.stat().st_size:
+        return
+    with file.open("rb+") as journal:
+        if "op_code" not in json.loads(journal.readline()):
+            raise ValueError("its first line is not that of a journal")
+        whole = journal.tell()
+        for line in journal:
+            whole += len(line) if line.endswith(b"\n") else 0
+        journal.truncate(whole)
 
 
 def _attributes(stage: str, spec: Spec, **found: Any) -> dict[str, Any]:
@@ -171,7 +204,7 @@ def _tried(trial: FrozenTrial) -> Tried:
         Spec(**own["spec"]),
         own.get("value", trial.value),
         own.get("round", 0),
-        own.get("excess", 0.0) <= 0,
+        own.get("excess", 0.0),
         losses,
         own.get("rank"),
         own.get("error", ""),

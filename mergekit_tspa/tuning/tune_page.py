@@ -13,7 +13,7 @@ from mergekit_tspa.insight.inspection import short_names
 from mergekit_tspa.insight.page import drawn, render
 from mergekit_tspa.insight.pictures import WIDTH, Picture, Theme
 from mergekit_tspa.scoring.judge import GENERAL, Judge
-from mergekit_tspa.scoring.losses import gains, mean_loss
+from mergekit_tspa.scoring.losses import LEAST_GAIN, gains, mean_loss
 from mergekit_tspa.scoring.score_page import TERMS
 from mergekit_tspa.scoring.score_report import shown
 from mergekit_tspa.tuning.problem import Split, only
@@ -86,7 +86,8 @@ def write_search(found: Tuned, judge: Judge, split: Split, model: str, out: Path
 
 def search_pictures(found: Tuned, judge: Judge, split: Split) -> Iterator[Picture]:
     """What each trial of the last rounds retains of each task, if two tasks have a gain to retain."""
-    lines = [(one, shares) for one in found.tried if (shares := trial_shares(one, judge, split))]
+    known = [one for one in found.tried if one.value is not None]  # all losses of these are finite
+    lines = [(one, shares) for one in known if (shares := trial_shares(one, judge, split))]
     furthest = max((one.round for one, _ in lines), default=0)
     lines = [(one, shares) for one, shares in lines if one.round == furthest]
     tasks = [task for task in judge.texts if all(task in shares for _, shares in lines)]
@@ -115,7 +116,7 @@ def trial_shares(one: Tried, judge: Judge, split: Split) -> Mapping[str, float]:
     return {
         task: (mean_loss(base[task]) - mean_loss(one.losses[task])) / gain
         for task, gain in gains(base, single).items()
-        if gain > 0
+        if gain > LEAST_GAIN
     }
 
 

@@ -1,5 +1,6 @@
 """What a search found, in sentences and as JSON."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,28 +30,35 @@ def sentences(found: Tuned) -> list[str]:
         for name, task in zip(names, found.single)
         if task in best.kept.tasks
     )
+    if best.kept.tasks:
+        each = f" ({each})"
     count = min(map(len, found.single.values()))
     goal = getattr(best.kept, found.goal)
     said.append(
         f"On texts that the search never saw, {count} or more of each adapter, it retains {shown(goal)} "
-        f"{GOALS[found.goal]} ({each})" + _harm(found) + "."
+        f"{GOALS[found.goal]}{each}" + _harm(found) + "."
     )
     lead = found.lead()
     if others and lead is not None:
         other = others[0]
         kept = getattr(other.kept, found.goal)
         sure = (
-            "the texts do not tell which is better"
-            if lead.low <= 0 <= lead.high
-            else "that is outside chance"
+            "that is outside chance"
+            if lead.low > 0 or lead.high < 0
+            else "the texts do not tell which is better"
         )
+        led = f"the first leads it there by {lead.value:+.2f} ({lead.low:+.2f} to {lead.high:+.2f}): "
         said.append(
-            f"The second best is {other.tried.spec.described()} with {shown(kept)}; the first leads it "
-            f"there by "
-            f"{lead.value:+.2f} ({lead.low:+.2f} to {lead.high:+.2f}): {sure}."
+            f"The second best is {other.tried.spec.described()} with {shown(kept)}; "
+            f"{led if math.isfinite(lead.value) else ''}{sure}."
         )
     else:
         said.append("There is no second best: no other method had a result.")
+    if useless := [name for name, task in zip(names, found.single) if task not in best.kept.tasks]:
+        said.append(
+            f"No better than the base on these texts: {', '.join(useless)}; no share of its gain can be "
+            "told, and it does not count there."
+        )
     if found.left_out:
         said.append(f"Left out were {'; '.join(f'{name} ({why})' for name, why in found.left_out.items())}.")
     if found.untried:

@@ -32,6 +32,8 @@ FINALISTS = 3
 POOR = 0.5  # of the best so far: a method that is worse at its defaults is tried again with a shorter update
 SHORTER = 0.4  # of the default lambda; the sum of several updates is often too long
 DRAWS = 200  # of the bootstrap that only ranks
+PATIENCE, LEAST_PATIENCE = 0.05, 5.0  # a merge may take this share of the time, and these seconds in any case
+NOT_FINITE = "its losses are not finite"
 FEWEST_STEPS, MOST_STEPS = 16, 96  # of a distillation
 PASSES_A_STEP = (
     3.6  # passes over a text that a step of distillation costs: forward, backward, its share of tests
@@ -99,6 +101,7 @@ class Tuner:
         examples: whether there are texts that methods may look at
         clock: of the whole search, earlier runs included
         progress: hears of it
+        pace: seconds a token, as far as it is known before the first trial
     """
 
     def __init__(
@@ -112,15 +115,17 @@ class Tuner:
         examples: bool,
         clock: "Clock",
         progress: Progress = silent,
+        pace: float | None = None,
     ):
         self.study, self.pool, self.judge, self.split, self.problem = study, pool, judge, split, problem
         self.start, self.examples, self.progress = start, examples, progress
         self.clock = clock
         self.adapters = [*judge.texts]
         self.base, self.single = judge.base.losses, judge.single.losses
-        self.pace: list[float] = []  # seconds a token of trials that only read, to plan the training
-        self.left_out = {one.spec.method: one.error for one in study.tried(SCREEN) if one.error}
+        self.pace = [pace] if pace else []  # seconds a token, to plan the training
         self.untried: list[str] = []
+        self.interrupted = False
+        self._alone = 0  # jobs that ran outside the stages
 
     def run(self) -> Tuned:
         """Search until the time is over, or until Ctrl-C, and judge what was found.
@@ -134,6 +139,7 @@ class Tuner:
             self._finish()
         except KeyboardInterrupt:
             LOG.warning("the search is interrupted; the best merge so far is the result")
+            self.interrupted = True
         finally:
             self.study.spent(self.clock.spent)
         return self._result()
@@ -159,12 +165,10 @@ class Tuner:
             if spec is None:
                 return None
             again.append(spec)
-            return spec, Job(spec, self._texts(0))
+            return spec, Job(spec, self._texts(0), self._patience)
 
         def over(spec: Spec, outcome: Outcome) -> None:
             self._told(f"trying {spec.method} at its defaults")
-            if outcome.error:
-                self.left_out[spec.method] = outcome.error
             self._add(SCREEN, spec, 0, outcome)
 
         self._all(next_job, over)
@@ -183,15 +187,15 @@ class Tuner:
 
     def _search(self) -> None:
         """The promising methods, their parameters, lambda and weights, on more and more texts."""
-        if self.study.promising is None:
-            self.study.choose(self._promising())
-        promising = self.study.promising or []
+        promising = self._promising()
         if not promising:
             return
+        # A run with more time may find others promising, and Optuna wants the same choice under a name.
+        which = f"method of {', '.join(promising)}"
         for method in promising:
             screened = [one for one in self.study.tried(SCREEN) if one.spec.method == method]
             best = max(screened, key=lambda one: -math.inf if one.value is None else one.value)
-            point = {"method": method, "weighted": False} | defaults(METHODS[method], [])
+            point = {which: method, "weighted": False} | defaults(METHODS[method], [])
             known = {f"{method}.{name}": value for name, value in best.spec.parameters.items()}
             self.study.start_at(point | {name: value for name, value in known.items() if name in point})
         end = 1 - LAST - (TRAINING if self._trains else 0)
@@ -200,15 +204,15 @@ class Tuner:
         def next_job() -> tuple[Any, Job] | None:
             if again:
                 trial, spec, at = again.pop()
-                return (trial, spec, at), Job(spec, self._texts(at))
+                return (trial, spec, at), Job(spec, self._texts(at), self._patience)
             if self.clock.left(end) <= 0:
                 return None
             trial = self.study.ask()
-            name = trial.suggest_categorical("method", promising)
+            name = trial.suggest_categorical(which, promising)
             weighted = trial.suggest_categorical("weighted", [False, True])
             parameters, weights = draw(trial, METHODS[name], self.adapters if weighted else [])
             spec = Spec(name, parameters, weights)
-            return (trial, spec, 0), Job(spec, self._texts(0))
+            return (trial, spec, 0), Job(spec, self._texts(0), self._patience)
 
         def over(key: tuple[Any, Spec, int], outcome: Outcome) -> None:
             trial, spec, at = key
@@ -219,6 +223,10 @@ class Tuner:
                 return
             seen: Seen = outcome.value
             value, excess = self._value(seen.losses, at)
+            if not math.isfinite(value):
+                self.study.note(trial, SEARCH, spec, error=NOT_FINITE, round=at)
+                self.study.tell(trial, None)
+                return
             self.study.note(
                 trial, SEARCH, spec, losses=seen.losses, rank=seen.rank, value=value, excess=excess, round=at
             )
@@ -243,8 +251,6 @@ class Tuner:
         self._told(f"distilling in {steps} steps")
         last = len(self.split.rounds) - 1
         outcome = self._one(Job(spec, self._texts(last)))
-        if outcome.error:
-            self.left_out["distill"] = outcome.error
         self._add(FINISH, spec, last, outcome)
 
     def _result(self) -> Tuned:
@@ -252,8 +258,7 @@ class Tuner:
         tried = self.study.tried()
         known = [one for one in tried if one.value is not None and math.isfinite(one.value) and one.feasible]
         if not known:
-            reasons = "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
-            raise _nothing_found(reasons)
+            raise self._nothing_found(tried)
         furthest = max(one.round for one in known)
         ranked = sorted(known, key=lambda one: (one.round == furthest, one.value), reverse=True)
         best = _different(ranked)[:FINALISTS]
@@ -261,7 +266,11 @@ class Tuner:
         finalists = []
         for one in best:
             self._told(f"judging {one.spec.described()}", last=True)
-            outcome = self._one(Job(one.spec, unseen))
+            try:
+                outcome = self._one(Job(one.spec, unseen))
+            except KeyboardInterrupt:
+                self.interrupted = True
+                break
             if outcome.error:
                 LOG.warning("%s: %s", one.spec.described(), outcome.error)
                 continue
@@ -270,13 +279,18 @@ class Tuner:
             finalists.append(Finalist(one, losses, kept))
         self.study.spent(self.clock.spent)
         if not finalists:
-            raise _nothing_found("what was found could not be merged again")
+            if self.interrupted:
+                raise InputError(
+                    f"the search was interrupted before its result was judged; its trials are in "
+                    f"{self.study.file}, and the same call goes on with them"
+                )
+            raise InputError("no merge was found: what was found could not be merged again; search anew")
         return Tuned(
             finalists,
             tried,
             only(self.base, unseen),
             only(self.single, self._own(unseen)),
-            self.left_out,
+            self._left_out(tried),
             self.untried,
             self.problem.goal,
         )
@@ -295,7 +309,12 @@ class Tuner:
             for method in METHODS.values()
             if method.name != "distill" and (self.examples or not method.guided)
         ]
-        yield from sorted(usable, key=lambda method: (method.solves, not method.guided))
+        yield from sorted(usable, key=lambda method: (_slow(method), not method.guided))
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a merge may take."""
+        return max(LEAST_PATIENCE, PATIENCE * self.clock.limit)
 
     def _texts(self, at: int) -> Mapping[str, Sequence[int]]:
         return self.split.rounds[at]
@@ -320,10 +339,13 @@ class Tuner:
             return
         seen: Seen = outcome.value
         value, excess = self._value(seen.losses, at)
+        if not math.isfinite(value):
+            self.study.add(stage, spec, None, error=NOT_FINITE, round=at)
+            return
         self.study.add(
             stage,
             spec,
-            value if math.isfinite(value) else None,
+            value,
             losses=seen.losses,
             rank=seen.rank,
             excess=excess,
@@ -352,11 +374,43 @@ class Tuner:
 
     def _one(self, job: Job) -> Outcome:
         """A job alone; what others of an interrupted search bring is let go."""
-        key = object()
+        self._alone += 1
+        key = f"alone {self._alone}"  # which another process can send back
         self.pool.submit(key, job)
-        while (outcome := self.pool.wait()).key is not key:
+        while (outcome := self.pool.wait()).key != key:
             pass
         return outcome
+
+    def _left_out(self, tried: Sequence[Tried]) -> dict[str, str]:
+        """Methods that had no result at their defaults, and why."""
+        with_result = {one.spec.method for one in tried if one.value is not None}
+        return {
+            one.spec.method: one.error
+            for one in tried
+            if one.stage != SEARCH and one.error and one.spec.method not in with_result
+        }
+
+    def _slow(method: Method) -> bool:
+    """Whether it takes steps, or looks at whole tensors, and may take a hundred times as long as others."""
+    return method.solves or "steps" in method.parameter_fields() or (method.result.dense and not method.guided)
+
+
+def _nothing_found(self, tried: Sequence[Tried]) -> InputError:
+        """Why there is no result."""
+        excesses = [one.excess for one in tried if one.value is not None and not one.feasible]
+        if excesses:
+            limit = self.problem.general_limit or 0.0
+            why = (
+                f"the lowest loss on general texts is {limit + min(excesses):.4g}, and {limit:.4g} is the "
+                f"limit, with {mean_loss(self.base[GENERAL]):.4g} of the base; raise it, or give more minutes"
+            )
+        elif left_out := self._left_out(tried):
+            why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        elif self.interrupted:
+            why = "the search was interrupted before its first trial was over; let it run longer"
+        else:
+            why = "there was no time for a trial; give more minutes"
+        return InputError(f"no merge was found: {why}")
 
     def _paced(self, job: Job, seconds: float) -> None:
         texts = self.judge.every
@@ -374,8 +428,9 @@ class Tuner:
 
     def _promising(self) -> list[str]:
         """The best methods of the first round, of those with one rule no more than two."""
-        ranked = [one for one in self.study.tried(SCREEN) if one.value is not None and one.feasible]
-        ranked.sort(key=lambda one: one.value or 0.0, reverse=True)
+        ranked = [one for one in self.study.tried(SCREEN) if one.value is not None]
+        # Of those that do more harm than they may, what does least: with a smaller lambda it may do less.
+        ranked.sort(key=lambda one: (one.feasible, one.value if one.feasible else -one.excess), reverse=True)
         chosen: list[str] = []
         rules: dict[str, int] = {}
         for one in ranked:
@@ -393,10 +448,6 @@ class Tuner:
         )
         done = 1.0 if last else min(1.0, self.clock.spent / self.clock.limit)
         self.progress(f"{stage}; best so far {best:.3f}", done, None)
-
-
-def _nothing_found(reasons: str) -> InputError:
-    return InputError(f"no merge was found: {reasons or 'there was no time for a trial; give more minutes'}")
 
 
 def _different(ranked: Sequence[Tried]) -> list[Tried]:

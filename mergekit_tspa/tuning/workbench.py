@@ -1,5 +1,7 @@
 """Where trials are run: a base in memory, the adapters, and texts to judge by; the same on every worker."""
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.plan import MergePlan, Variation
 from mergekit_tspa.methods import METHODS
-from mergekit_tspa.methods.inputs import silent
+from mergekit_tspa.methods.inputs import Progress
 from mergekit_tspa.methods.texts import TextParameters
 from mergekit_tspa.scoring.candidates import check_unmoved, merged_parts, rank_of
 from mergekit_tspa.scoring.judge import GENERAL, Judge
@@ -48,6 +50,7 @@ class Job(NamedTuple):
 
     spec: Spec
     texts: Mapping[str, Sequence[int]]  # by task, numbers of texts
+    seconds: float | None = None  # that the merge may take, so that a slow method does not eat the search
 
 
 class Seen(NamedTuple):
@@ -55,6 +58,17 @@ class Seen(NamedTuple):
 
     losses: Losses  # in the order of the numbers
     rank: int | None  # if it is one adapter
+
+
+def _hurry(seconds: float | None) -> Progress:
+    """A progress that ends what takes longer; methods report theirs every second or so."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def progress(stage: str, done: float, left: float | None = None) -> None:
+        if time.monotonic() > end:
+            raise InputError(f"it takes longer than {seconds:.0f} s, which is too long for this search")
+
+    return progress
 
 
 @dataclass
@@ -83,7 +97,7 @@ class Workbench:
         """
         if self._last is None or self._last[0] != job.spec:
             self._last = None  # which may be large
-            self._last = job.spec, self.placement(job.spec)
+            self._last = job.spec, self.placement(job.spec, job.seconds)
         placement = self._last[1]
         every = self.judge.every
         texts: dict[str, list[Example]] = {
@@ -92,11 +106,20 @@ class Workbench:
         judged = self.judge.merged(job.spec.method, placement, texts)
         return Seen(judged.losses, rank_of(placement))
 
-    def placement(self, spec: Spec) -> Placement:
-        """A merge, ready to be put into the model."""
-        plan = self.planned(spec)
+    def placement(self, spec: Spec, seconds: float | None = None) -> Placement:
+        """A merge, ready to be put into the model.
+
+        Args:
+            seconds: that it may take
+
+        Raises:
+            InputError: it takes longer, or the method refuses the adapters.
+        """
+        plan, hurry = self.planned(spec), _hurry(seconds)
         readings = self.readings if plan.method.guided else None
-        placement = place(self.judge.singles, merged_parts(plan, self.device, silent, readings))
+        if readings is not None:
+            readings.progress = hurry
+        placement = place(self.judge.singles, merged_parts(plan, self.device, hurry, readings))
         rank = rank_of(placement)
         if self.rank is not None and (rank is None or rank > self.rank):
             raise InputError(f"{spec.method}: what it merges to is no adapter of rank {self.rank}")
@@ -109,10 +132,7 @@ class Workbench:
         values = dict(spec.parameters)
         if self.rank is not None:
             values["rank"] = self.rank
-        try:
-            parameters = method.bind(values)
-        except InputError:
-            raise
+        parameters = method.bind(values)
         weights = {adapter: spec.weights.get(adapter.name, 1.0) for adapter in self.merge.adapters}
         guide = self.merge.guide
         if method.guided:
