@@ -390,12 +390,7 @@ class Tuner:
             if one.stage != SEARCH and one.error and one.spec.method not in with_result
         }
 
-    def _slow(method: Method) -> bool:
-    """Whether it takes steps, or looks at whole tensors, and may take a hundred times as long as others."""
-    return method.solves or "steps" in method.parameter_fields() or (method.result.dense and not method.guided)
-
-
-def _nothing_found(self, tried: Sequence[Tried]) -> InputError:
+    def _nothing_found(self, tried: Sequence[Tried]) -> InputError:
         """Why there is no result."""
         excesses = [one.excess for one in tried if one.value is not None and not one.feasible]
         if excesses:
@@ -448,6 +443,12 @@ def _nothing_found(self, tried: Sequence[Tried]) -> InputError:
         )
         done = 1.0 if last else min(1.0, self.clock.spent / self.clock.limit)
         self.progress(f"{stage}; best so far {best:.3f}", done, None)
+
+
+def _slow(method: Method) -> bool:
+    """Whether it takes steps or looks at whole tensors, and may take a hundred times as long as others."""
+    steps = method.solves or "steps" in method.parameter_fields()
+    return steps or (method.result.dense and not method.guided)
 
 
 def _different(ranked: Sequence[Tried]) -> list[Tried]:
