@@ -139,9 +139,13 @@ class Study:
             trial.set_user_attr(name, value)
 
     def tell(self, trial: Trial, value: float | None, pruned: bool = False) -> None:
-        """A trial of the search is over; without a value it failed."""
-        state = TrialState.FAIL if value is None else TrialState.PRUNED if pruned else TrialState.COMPLETE
-        self.study.tell(trial, None if pruned else value, state)
+        """A trial of the search is over; without a value it failed.
+
+        Optuna forgets failures and would try their like again.  A pruned trial that reported nothing is the
+        worst of all, which it avoids.
+        """
+        over = pruned or value is None
+        self.study.tell(trial, None if over else value, TrialState.PRUNED if over else TrialState.COMPLETE)
 
     def add(self, stage: str, spec: Spec, value: float | None, **found: Any) -> None:
         """A trial that no sampler suggested."""

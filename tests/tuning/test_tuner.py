@@ -236,9 +236,10 @@ def test_jobs_that_fail_are_left_out_and_told(tmp_path):
         "lora_mean": NOT_FINITE,
     }
     assert found.best.method == "core_tsv" and not found.best.weights
-    assert any(one.error == NOT_FINITE for one in found.tried if one.stage == SEARCH)
-    assert any("Left out were lora_ties (it is too large" in said for said in sentences(found))
-    with pytest.raises(InputError, match="no merge was found: core_tsv: broken; lora_ties: broken"):
+    failed = [one for one in found.tried if one.stage == SEARCH and one.error == NOT_FINITE]
+    assert 0 < len(failed) < 15, "and the search learns to avoid them"
+    assert any("Left out were " in said and "lora_ties (it is too large" in said for said in sentences(found))
+    with pytest.raises(InputError, match="no merge was found: core_tsv: broken; actmat: broken"):
 
         def broken(spec, task):
             raise InputError("broken")
