@@ -171,9 +171,11 @@ class Tuner:
             self._told(f"trying {spec.method} at its defaults")
             self._add(SCREEN, spec, 0, outcome)
 
-        self._all(next_job, over)
-        tried = {one.spec.method for one in self.study.tried(SCREEN)}
-        self.untried = [spec.method for spec in queue if spec.method not in tried]
+        try:
+            self._all(next_job, over)
+        finally:
+            tried = {one.spec.method for one in self.study.tried(SCREEN)}
+            self.untried = [spec.method for spec in queue if spec.method not in tried]
 
     def _shorter(self) -> Iterator[Spec]:
         """Of methods that are poor at their defaults."""

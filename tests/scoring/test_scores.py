@@ -118,6 +118,7 @@ def test_shares_and_intervals_are_the_formula():
     more = difference(base, single, merged, base)
     assert more.value == pytest.approx(0.625) and more.low > 0
     assert difference(base, single, merged, merged) == (0, 0, 0)
+    assert all(map(math.isnan, difference({"c": base["c"]}, {"c": single["c"]}, merged, base)))
     assert loss_interval(base["b"]) == pytest.approx((3, 3, 3))
     nothing = retained({"c": base["c"]}, {"c": single["c"]}, {"c": merged["c"]})
     assert math.isnan(nothing.mean.value)

@@ -59,10 +59,12 @@ def test_a_storage_of_something_else_is_refused(speaking, prompts, tmp_path):
     ):
         with pytest.raises(InputError, match="trials of another search"):
             tune(base, *arguments, **given, **options)
-    tune(base, own, prompts, **given)
+    # Of answers that are given, which a new adapter does not change.
+    given["storage"] = tmp_path / "others"
+    tune(base, own, [prompts[0], texts[1]], **given)
     save_adapter(base, tmp_path / "code", seed=5, r=2)
     with pytest.raises(InputError, match="trials of another search"):
-        tune(base, own, prompts, **given)
+        tune(base, own, [prompts[0], texts[1]], **given)
 
 
 def useless(base, path):

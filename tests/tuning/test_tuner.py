@@ -290,6 +290,7 @@ def test_ctrl_c(tmp_path, at, finalists):
     found = search.run()
     assert len(search.pool.done) == at + finalists == at + len(found.finalists)
     assert found.best.method == "core_tsv"
+    assert len({*found.untried}) == (6 if at < 8 else 0)
     search.seconds = 40
     again = search.run()
     assert [one.spec for one in again.tried[: len(found.tried)]] == [one.spec for one in found.tried]
