@@ -161,6 +161,7 @@ def search(bench: Bench, given: Judge, how: Search, progress: Progress = silent)
         how.problem,
         how.problem.fingerprint([*given.texts], given.every, examples, *merged),
     )
+    start = time.monotonic()
     pace = _pace(given, split)
     # Trials on other numbers of texts are not comparable.
     size = study.size if study.tried() else None
@@ -171,6 +172,7 @@ def search(bench: Bench, given: Judge, how: Search, progress: Progress = silent)
     texts = {task: own for task, own in split.texts.items() if task != GENERAL}
     judge = Judge(given.singles, texts, general, progress=progress)
     split = telling(split, judge.base.losses, judge.single.losses)
+    reading = time.monotonic() - start
     bench = replace(bench, texts=texts, general=general)
     device = str(judge.singles.device)
     if how.ray is None:
@@ -182,7 +184,7 @@ def search(bench: Bench, given: Judge, how: Search, progress: Progress = silent)
     with pool:
         if how.ray is not None:
             _ready(pool)
-        clock = Clock(how.minutes, study.seconds)
+        clock = Clock(how.minutes, study.seconds + reading)  # starting Ray does not count
         guided = bool(bench.sources)
         tuner = Tuner(study, pool, judge, split, how.problem, how.start, guided, clock, progress, pace)
         return Searched(tuner.run(), judge, split)
