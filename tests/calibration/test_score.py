@@ -161,4 +161,4 @@ def test_search_of_lambda(llama, adapters):
     )
     assert found.lambda_ == pytest.approx(2, abs=0.1)
     assert min(found.tried.values()) < 0.01
-    assert heard[0] == ("lambda of one", 0.25) and heard[-1][1] == 1
+    assert heard[0] == ("lambda", 0.25) and heard[-1][1] == 1

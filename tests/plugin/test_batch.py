@@ -71,6 +71,7 @@ def test_adapters(recipes):
     check(recipes, "out")
 
 
+@pytest.mark.slow
 def test_on_ray(recipes):
     """The same on a cluster, whose machine was started elsewhere."""
     pytest.importorskip("ray")
