@@ -190,6 +190,7 @@ def test_shared_tensors(address):
         assert in_store == (address is not None) or tensor.numel() < 100, f"{name} was copied"
 
 
+@pytest.mark.slow
 def test_workers_that_die_and_results_that_cannot_travel(connected, monkeypatch):
     monkeypatch.setattr("mergekit_tspa.jobs.on_ray.RETRIES", 1)
     with open_pool(fail, nothing, ray=connected) as pool:
