@@ -50,8 +50,8 @@ def adapters_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if (path / "adapter_config.json").exists())
 
 
-def measure_trials(base: Path, data: Path, folder: Path) -> None:
-    """Each method's trial as a multiple of the passes alone; medians of three."""
+def measure_trials(base: Path, data: Path, folder: Path, rounds: int) -> None:
+    """Each method's trial as a multiple of the passes alone; medians."""
     paths = adapters_of(folder)
     plan = merge_adapters("lora_task_arithmetic", paths, base=base).plan
     assert plan is not None
@@ -62,7 +62,7 @@ def measure_trials(base: Path, data: Path, folder: Path) -> None:
     numbers = {task: range(len(own)) for task, own in judge.texts.items()}
     alone: list[float] = []
     spent: dict[str, list[float]] = {name: [] for name in TRIALS}
-    for _ in range(3):
+    for _ in range(rounds):
         start = time.perf_counter()
         judge.__dict__.pop("base", None)
         _ = judge.base
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--examples", action="store_true")
     parser.add_argument("--rank", type=int)
     parser.add_argument("-n", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3, help="of trials")
     args = parser.parse_args()
     if args.what == "search":
         print(
@@ -138,7 +139,7 @@ def main() -> None:
         )
     for folder in args.adapters:
         if args.what == "trial":
-            measure_trials(args.base, args.data, folder)
+            measure_trials(args.base, args.data, folder, args.rounds)
         else:
             measure_search(args.base, args.data, folder, args.minutes, args.examples, args.n, args.rank)
 
