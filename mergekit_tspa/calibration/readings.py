@@ -127,14 +127,6 @@ class Readings:
         reading = [adapter for adapter, source in self.sources.items() if source.examples is not None]
         return Singles(self.model, self.base, reading)
 
-    def others(self, given: GivenTexts, name: str = "general") -> list[Example]:
-        """Texts that belong to no adapter, those with an answer.
-
-        Raises:
-            InputError: a file that is not readable, or a line that is no example.
-        """
-        return self._read(given, name)
-
     def texts(self) -> dict[str, list[Example]]:
         """The texts that are given, by adapter; those without an answer are not written yet.
 
@@ -145,10 +137,19 @@ class Readings:
         for adapter, source in self.sources.items():
             if source.examples is None or source.examples == SELF:
                 continue
-            found[adapter.name] = part_of(self._read(source.examples, adapter.name), source.part)
+            found[adapter.name] = part_of(self.read(source.examples, adapter.name), source.part)
         return found
 
-    def _read(self, given: GivenTexts, name: str) -> list[Example]:
+    def read(self, given: GivenTexts, name: str) -> list[Example]:
+        """Texts as tokens.
+
+        Args:
+            given: a file or rows
+            name: whose they are, for a warning that they are too long
+
+        Raises:
+            InputError: a file that is not readable, or a line that is no example.
+        """
         rows = Path(given) if isinstance(given, str | Path) else given
         examples, cut = read_examples(rows, self.tokenizer, self._context)
         if cut:

@@ -1,6 +1,8 @@
 """`mergekit-tspa score`."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -39,16 +41,17 @@ def texts_by_name(
     return found
 
 
+def judging_texts(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that judges by texts."""
+    held_out = click.option(
+        "--held-out", multiple=True, metavar="NAME=FILE", callback=texts_by_name, help=HELD_OUT
+    )
+    return held_out(click.option("--general", metavar="FILE", help=GENERAL)(command))
+
+
 @click.command("score", cls=MergeCommand, matters=(*PLANNING, *COMPUTING, *TALKING))
 @click.argument("inputs", metavar="RECIPE|ADAPTER|MODEL...", nargs=-1, required=True)
-@click.option(
-    "--held-out",
-    multiple=True,
-    metavar="NAME=FILE",
-    callback=texts_by_name,
-    help=HELD_OUT,
-)
-@click.option("--general", metavar="FILE", help=GENERAL)
+@judging_texts
 @click.option(
     "--new-tokens",
     default=NEW_TOKENS,

@@ -11,7 +11,7 @@ from rich.console import Console
 from mergekit_tspa.base.files import replaced
 from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import COMPUTING, PLANNING, TALKING, MergeCommand, report_missing
-from mergekit_tspa.commands.score_merges import GENERAL, HELD_OUT, texts_by_name
+from mergekit_tspa.commands.score_merges import judging_texts
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.progress import Bar
@@ -46,14 +46,7 @@ from mergekit_tspa.progress import Bar
     type=click.IntRange(1),
     help="The result must be one adapter of this rank.  By default it may have any, or be a model.",
 )
-@click.option(
-    "--held-out",
-    multiple=True,
-    metavar="NAME=FILE",
-    callback=texts_by_name,
-    help=HELD_OUT,
-)
-@click.option("--general", metavar="FILE", help=GENERAL)
+@judging_texts
 @click.option(
     "--general-loss-at-most",
     type=float,

@@ -32,29 +32,17 @@ ADAPTER = ParameterSpec(
     description="also write the merge as one PEFT adapter",
 )
 
-EXAMPLES = ParameterSpec(
-    name="examples",
-    value_type=str,
-    scope=ParameterScope.NON_BASE,
-    default="",
-    description="texts of what the adapter is for: a file of JSON lines, or `self`",
-)
-CALIBRATION = ParameterSpec(
-    name="calibration",
-    value_type=str,
-    scope=ParameterScope.NON_BASE,
-    default="",
-    description="statistics of such texts, in their place",
-)
-HELD_OUT = ParameterSpec(
-    name="held_out",
-    value_type=str,
-    scope=ParameterScope.NON_BASE,
-    default="",
-    description="texts that `mergekit-tspa score` and `tune` judge merges by, and no method sees",
-)
 # Of every method, as most do not look at texts and merge without them.
-TEXTS = (EXAMPLES, CALIBRATION, HELD_OUT)
+TEXTS = tuple(
+    ParameterSpec(
+        name=name, value_type=str, scope=ParameterScope.NON_BASE, default="", description=description
+    )
+    for name, description in (
+        ("examples", "texts of what the adapter is for: a file of JSON lines, or `self`"),
+        ("calibration", "statistics of such texts, in their place"),
+        ("held_out", "texts that `mergekit-tspa score` and `tune` judge merges by, and no method sees"),
+    )
+)
 LEAVES_OUT = ParameterSpec(
     name="adapter_leaves_out",
     value_type=str,

@@ -104,6 +104,7 @@ def judging_texts(recipes: Mapping[str, PlannedRecipe], held_out: Texts) -> dict
     """
     adapters = [*next(iter(recipes.values())).texts]
     given = named_texts(held_out, adapters)
+    short = dict(zip(adapters, short_names([adapter.name for adapter in adapters])))
     found = {}
     for adapter in adapters:
         own = [
@@ -118,8 +119,7 @@ def judging_texts(recipes: Mapping[str, PlannedRecipe], held_out: Texts) -> dict
             if len(several) > 1 and adapter not in given:
                 raise InputError(
                     f"{adapter.name}: the recipes name different {kind} ({', '.join(several)}); name the "
-                    f"texts to "
-                    "judge by with --held-out"
+                    "texts to judge by with --held-out"
                 )
         if adapter in given:
             found[adapter] = TextSource(given[adapter])
@@ -130,9 +130,7 @@ def judging_texts(recipes: Mapping[str, PlannedRecipe], held_out: Texts) -> dict
         else:
             raise InputError(
                 f"{adapter.name}: there are no texts to judge merges by; give held_out: FILE.jsonl beside "
-                f"its "
-                f"weight, or --held-out "
-                f"{short_names([a.name for a in adapters])[adapters.index(adapter)]}=FILE.jsonl"
+                f"its weight, or --held-out {short[adapter]}=FILE.jsonl"
             )
         file = found[adapter].examples
         if file != SELF and not os.path.isfile(str(file)):

@@ -46,7 +46,9 @@ def merged_parts(
     for output in plan.changed.values():
         for part in output.parts:
             where.setdefault(part.plan.name, []).append((output.base, part))
-    for updates, _ in merge_chunks(plan, [*plan.chunks(CHUNK_BYTES)], device, progress, readings):
+    chunks = [*plan.chunks(CHUNK_BYTES)]
+    for done, (updates, _) in enumerate(merge_chunks(plan, chunks, device, progress, readings), start=1):
+        progress("merging", done / len(chunks))  # a rule says nothing of a chunk that is one tensor
         for name, update in updates.items():
             for base, part in where[name]:
                 yield MergedPart(base, part.index, name, finish(part.plan, update))
@@ -64,8 +66,7 @@ def check_unmoved(plan: MergePlan) -> None:
     if moved := next((output for output in plan.changed.values() if output.name != output.base), None):
         raise InputError(
             f"{moved.name}: it is {moved.base} of the base, and merges are judged in the base as it is; "
-            f"leave "
-            "out slices that move layers, or merge to a model and name its directory"
+            "leave out slices that move layers, or merge to a model and name its directory"
         )
 
 
@@ -144,8 +145,7 @@ def _judge_model(by: Judge, name: str, path: Path) -> Judged:
     if theirs[1] != ours[1] or theirs[0] < ours[0]:
         raise InputError(
             f"{path}: its embeddings are {tuple(theirs)} and those of the base {tuple(ours)}; score a model "
-            f"of "
-            "the same base"
+            "of the same base"
         )
     singles = Singles(model, ModelTensors.of(str(path), Checkpoint(path)), [])
     return by.judge(name, singles, nullcontext)

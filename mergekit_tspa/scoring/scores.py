@@ -109,7 +109,7 @@ def judge_of(readings: Readings, general: Any = None, new_tokens: int = 0) -> Ju
     for adapter, source in readings.sources.items():
         if source.examples is None:
             raise InputError(f"{adapter.name}: there are no texts to judge merges by: give it some")
-    others = readings.others(general) if general is not None else []
+    others = readings.read(general, "general") if general is not None else []
     return Judge(
         readings.singles,
         readings.written,

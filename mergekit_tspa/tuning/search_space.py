@@ -1,10 +1,9 @@
 """What a search may vary of a method: its own parameters, within the ranges of the method table.
 
 A number between two bounds is drawn between them.  A positive one without an upper bound is drawn from a
-tenth to
-ten times its default, evenly in its logarithm.  Switches and words are drawn from all their values.  Whole
-numbers,
-which are ranks, counts and steps, stay at their defaults, and so does what only says how a solver works.
+tenth to ten times its default, evenly in its logarithm.  Switches and words are drawn from all their values.
+Whole numbers, which are ranks, counts and steps, stay at their defaults, and so does what only says how a
+solver works.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

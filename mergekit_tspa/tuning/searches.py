@@ -83,17 +83,13 @@ class Bench:
         readings = None
         if sources:
             guide = Guide(base, self.directory, sources, model, tokenizer)
-            merge = replace(merge, guide=guide, again=merge.again and partial(_guided, merge.again, guide))
+            merge = replace(merge, guide=guide)
             readings = Readings(
                 base, self.directory, sources, Reading(), device, model=model, tokenizer=tokenizer
             )
         if judge is None:
             judge = Judge(Singles(model, base, merge.adapters), self.texts, self.general)
         return Workbench(merge, judge, readings, self.rank, device)
-
-
-def _guided(again: Callable[..., MergePlan], guide: Guide, variation: Any) -> MergePlan:
-    return again(variation._replace(guide=variation.guide or guide))
 
 
 def _take(model: Any, shared: Mapping[str, Tensor]) -> None:

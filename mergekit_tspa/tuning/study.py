@@ -79,9 +79,8 @@ class Study:
         # Beside a relative path Optuna would look for its lock in vain, and for ever.
         path = str(file.absolute())
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # `group` is experimental, and constraints_func is to have another name
+            # `group` is experimental, and constraints_func is to have another name.
+            warnings.simplefilter("ignore")
             sampler = optuna.samplers.TPESampler(
                 seed=problem.seed,
                 multivariate=True,
@@ -108,8 +107,7 @@ class Study:
         if own not in (None, fingerprint):
             raise InputError(
                 f"{file}: holds the trials of another search, with other adapters, texts or limits; name "
-                f"another "
-                "file, or delete it"
+                "another file, or delete it"
             )
         self.study.set_user_attr("fingerprint", fingerprint)
         # Trials of a run that was killed.

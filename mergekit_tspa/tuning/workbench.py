@@ -115,10 +115,10 @@ class Workbench:
         Raises:
             InputError: it takes longer, or the method refuses the adapters.
         """
-        plan, hurry = self.planned(spec), _hurry(seconds)
+        plan = self.planned(spec)
+        # Reading texts is not hurried: what was read serves all later trials.
+        hurry = _hurry(None if plan.method.guided else seconds)
         readings = self.readings if plan.method.guided else None
-        if readings is not None:
-            readings.progress = hurry
         placement = place(self.judge.singles, merged_parts(plan, self.device, hurry, readings))
         rank = rank_of(placement)
         if self.rank is not None and (rank is None or rank > self.rank):

@@ -1,0 +1,42 @@
+"""A trial where it is run: what a slow merge may take, and what it may not."""
+
+from functools import partial
+
+import pytest
+
+from mergekit_tspa import InputError
+from mergekit_tspa.calibration.readings import Readings, TextSource
+from mergekit_tspa.scoring.scores import judge_of
+from mergekit_tspa.tuning.searches import Bench, _sum_of
+from mergekit_tspa.tuning.workbench import Job, Spec
+from tests.calibration.conftest import tiny_tokenizer
+from tests.conftest import load_model
+
+
+@pytest.fixture(scope="module")
+def bench(speaking):
+    """With texts that methods may look at, which judge as well here."""
+    base, adapters, texts = speaking
+    merge = partial(_sum_of, adapters, str(base))
+    plan, model = merge(), load_model(base)
+    sources = {adapter: TextSource(file) for adapter, file in zip(plan.adapters, texts)}
+    given = Readings(plan_base(base), base, sources, model=model, tokenizer=tiny_tokenizer())
+    named = {adapter.name: source for adapter, source in sources.items()}
+    return Bench(merge, base, named, device="cpu").on(model, "cpu", judge_of(given))
+
+
+def plan_base(base):
+    from mergekit_tspa.base.checkpoint import Checkpoint
+    from mergekit_tspa.base.tensors import ModelTensors
+
+    return ModelTensors.of(str(base), Checkpoint(base))
+
+
+def test_a_slow_merge_is_given_up_and_reading_texts_is_not(bench):
+    """What was read serves all later trials, so a machine that reads slowly must not lose every such method."""
+    numbers = {task: [0, 1] for task in bench.judge.texts}
+    with pytest.raises(InputError, match="it takes longer than 0 s"):
+        bench.run(Job(Spec("wudi"), numbers, 0.0))
+    for method in ("regmean", "regmean_plus"):
+        assert bench.run(Job(Spec(method), numbers, 0.0)).rank == 3
+    assert bench.run(Job(Spec("distill", {"steps": 2, "start": "regmean_plus"}), numbers)).rank == 3
