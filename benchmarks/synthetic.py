@@ -16,21 +16,35 @@ import torch
 from safetensors.torch import save_file
 
 LLAMA_3_8B = {"hidden": 4096, "intermediate": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128}
+LLAMA_3_70B = {"hidden": 8192, "intermediate": 28672, "heads": 64, "kv_heads": 8, "head_dim": 128}
+QWEN3_30B_A3B = {
+    **{"hidden": 2048, "intermediate": 768, "heads": 32, "kv_heads": 4, "head_dim": 128},
+    "experts": 128,
+}
+MODELS = {"8b": (LLAMA_3_8B, 32), "70b": (LLAMA_3_70B, 80), "moe": (QWEN3_30B_A3B, 48)}  # and their layers
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
 def linear_shapes(
-    hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int
+    hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, experts: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """`{module in a layer: (d_out, d_in)}` of a Llama layer."""
+    """`{module in a layer: (d_out, d_in)}` of a Llama layer, or of one with that many experts."""
     q, kv = heads * head_dim, kv_heads * head_dim
+    mlp = {
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
     return {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (intermediate, hidden),
-        "mlp.up_proj": (intermediate, hidden),
-        "mlp.down_proj": (hidden, intermediate),
+    } | {
+        f"mlp.{place}{name}": shape
+        for place in ([f"experts.{e}." for e in range(experts)] or [""])
+        for name, shape in mlp.items()
     }
 
 
@@ -38,6 +52,8 @@ def _tensor_shapes(layers: int, vocabulary: int, **shape) -> dict[str, tuple[int
     shapes = {"model.embed_tokens.weight": (vocabulary, shape["hidden"])}
     for i in range(layers):
         shapes |= {f"model.layers.{i}.{m}.weight": s for m, s in linear_shapes(**shape).items()}
+        if experts := shape.get("experts"):
+            shapes[f"model.layers.{i}.mlp.gate.weight"] = (experts, shape["hidden"])
         norms = ("input_layernorm", "post_attention_layernorm")
         shapes |= {f"model.layers.{i}.{norm}.weight": (shape["hidden"],) for norm in norms}
     shapes |= {"model.norm.weight": (shape["hidden"],), "lm_head.weight": (vocabulary, shape["hidden"])}
@@ -89,9 +105,11 @@ def write_sparse_llama(path: Path, layers: int, vocabulary: int = 128256, **shap
 
 
 def _config(layers: int, vocabulary: int, **shape) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    if experts := shape.get("experts"):
+        kind = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": experts}
+        kind["moe_intermediate_size"] = shape["intermediate"]
+    return kind | {
         "hidden_size": shape["hidden"],
         "intermediate_size": shape["intermediate"],
         "num_attention_heads": shape["heads"],
@@ -130,16 +148,22 @@ def write_adapters(
 def large_adapters(
     doc: str, methods: Sequence[str]
 ) -> Iterator[tuple[Path, Path, list[Path], argparse.Namespace]]:
-    """A folder, in it a sparse base of Llama-3-8B's shapes and adapters on its q, k, v and o; the command line."""
+    """A folder, in it a sparse base of a large model's shapes and adapters of it; the command line."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="8b")
+    parser.add_argument("--layers", type=int, help="by default all of the model")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--all-linear", action="store_true", help="adapt the MLPs, too, not only q, k, v and o"
+    )
     parser.add_argument("--methods", nargs="*", default=methods)
     args = parser.parse_args()
-    modules = ("q_proj", "k_proj", "v_proj", "o_proj")
+    shape, layers = MODELS[args.model]
+    layers, modules = args.layers or layers, ALL_LINEAR if args.all_linear else ATTENTION
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
         folder = Path(name)
-        base = write_sparse_llama(folder / "base", 32, **LLAMA_3_8B)
-        adapters = [*write_adapters(folder / "adapters", args.adapters, 32, args.rank, modules, **LLAMA_3_8B)]
+        base = write_sparse_llama(folder / "base", layers, **shape)
+        adapters = [*write_adapters(folder / "adapters", args.adapters, layers, args.rank, modules, **shape)]
         yield folder, base, adapters, args

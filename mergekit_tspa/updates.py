@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mergekit_tspa.linalg import leading_subspace, product_svd
+from mergekit_tspa.linalg import Span, gram, leading_left, leading_subspace, product_svd, span
 
 _Factors = TypeVar("_Factors", bound="LoraFactors")
 
@@ -31,8 +31,7 @@ class LoraFactors(NamedTuple):
 
     def norm(self) -> Tensor:
         """`||dW||` in float64, from the Grams: `||B A||^2 = <B^T B, A A^T>`."""
-        B, A = self.B.double(), self.A.double()
-        return ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0).sqrt()
+        return (gram(self.B.double()) * gram(self.A.double().mT)).sum().clamp(min=0).sqrt()
 
     def scaled(self: _Factors, factor: float) -> _Factors:
         """`factor * dW`, with `sqrt|factor|` on each side and its sign on `B`."""
@@ -64,10 +63,14 @@ class LowRank(LoraFactors):
         root = S.sqrt()
         return LowRank((U * root).to(self.B.dtype), (root[:, None] * Vh).to(self.A.dtype))
 
+    def spanned(self) -> "Spanned":
+        """The same update between orthonormal bases of its two sides."""
+        (U, R_B), (V, R_A) = span(self.B), span(self.A.mT)
+        return Spanned(U, R_B @ R_A.mT, V)
+
     def truncated(self, rank: int) -> "LowRank":
         """The closest update of a lower rank, in balanced factors."""
-        U, S, Vh = self.svd()
-        return self.rebuilt(U[:, :rank], S[:rank], Vh[:rank])
+        return self.spanned().truncated(rank, self.B.dtype)
 
     def apply_to(self, W: Tensor) -> Tensor:
         """`W + B A`, computed and returned in the precision of the factors.
@@ -76,6 +79,45 @@ class LowRank(LoraFactors):
             W: of any shape with d_out in front; a convolution's is taken as `(d_out, d_in * kernel)`
         """
         return torch.addmm(W.flatten(1).to(self.B.dtype), self.B, self.A).view_as(W)
+
+
+class Spanned(NamedTuple):
+    """`dW = U M V^T` with orthonormal columns U and V: what it takes to know of an update is in M."""
+
+    U: Span  # (d_out, p)
+    M: Tensor  # (p, q), float64
+    V: Span  # (d_in, q)
+
+    @property
+    def rank(self) -> int:
+        return min(self.M.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.U.shape[0], self.V.shape[0]
+
+    def dense(self) -> Tensor:
+        return self.low_rank(torch.float64).dense()
+
+    def norm(self) -> Tensor:
+        norm: Tensor = self.M.norm()
+        return norm
+
+    def scaled(self, factor: float) -> "Spanned":
+        return self if factor == 1 else self._replace(M=factor * self.M)
+
+    def truncated(self, rank: int, dtype: torch.dtype = torch.float32) -> LowRank:
+        """The closest update of a lower rank, in balanced factors: `B = U P sqrt(S)` of `M = P S Q^T`."""
+        P, S = leading_left(self.M, rank)
+        root = S.sqrt()
+        right = (P / root.where(root > 0, 1)).mT @ self.M  # (k, q), sqrt(S) Q^T
+        return LowRank((self.U @ (P * root)).to(dtype), (self.V @ right.mT).mT.to(dtype))
+
+    def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank:
+        """The update as factors, of the rank of the smaller basis."""
+        if self.M.shape[0] > self.M.shape[1]:
+            return LowRank((self.U @ self.M).to(dtype), self.V.dense().mT.to(dtype))
+        return LowRank(self.U.dense().to(dtype), (self.V @ self.M.mT).mT.to(dtype))
 
 
 class Dense(NamedTuple):

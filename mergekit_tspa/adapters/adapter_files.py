@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors import safe_open
-from torch import Tensor
 
+from mergekit_tspa.adapters.on_disk import Factor, OnDisk, in_memory, open_tensors
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.base.files import check_name, load_pickle, read_json, readable
+from mergekit_tspa.base.files import load_pickle, read_json, readable
 from mergekit_tspa.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 _INDEX = ".index.json"  # what follows a file's name in that of the index of its shards
+_LARGEST = torch.finfo(torch.float32).max
 _PRECISIONS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -68,28 +68,37 @@ def find_file(directory: Path, candidates: Sequence[str], name: str) -> Path:
     return file
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors, copied into memory: if a mapped file were cut, the next access would end the process.
+def read_tensors(file: Path) -> dict[str, Factor]:
+    """All tensors.  Matrices in safetensors files stay there until they are asked for; the rest is in memory.
 
     Args:
         file: it holds the tensors, or is the index of the shards that do
     """
     if file.name.endswith(_INDEX):
-        shards = Checkpoint(file.parent, [file.name.removesuffix(_INDEX)])
-        return {key: tensor.clone() for key, tensor in shards.items()}
+        shards = Checkpoint(file.parent, [file.name.removesuffix(_INDEX)]).files
+        opened = {shard: _read_file(shard) for shard in dict.fromkeys(shards.values())}
+        for key, shard in shards.items():
+            if key not in opened[shard]:
+                raise InputError(
+                    f"{shard}: has no {key}, which {file.name} puts there; save the adapter again"
+                )
+        return {key: opened[shard][key] for key, shard in shards.items()}
+    return _read_file(file)
+
+
+def _read_file(file: Path) -> dict[str, Factor]:
+    if file.suffix == ".safetensors":
+        return dict(open_tensors(file))
     with readable(file):
-        if file.suffix != ".safetensors":
-            return load_pickle(file)
-        with safe_open(file, framework="pt") as opened:
-            keys = opened.keys()  # what is opened is no mapping
-            return {check_name(key, file): opened.get_tensor(key).clone() for key in keys}
+        return dict(load_pickle(file))
 
 
-def check_values(tensor: Tensor, key: str, file: Path) -> None:
+def check_values(factor: Factor, key: str, file: Path) -> None:
     """
     Raises:
         InputError: a tensor is empty, is not of floating-point values of 16 bits or more, or is not finite.
     """
+    tensor = in_memory(factor)
     if tensor.numel() == 0:
         raise InputError(
             f"{file}: {key} is empty; it was saved under DeepSpeed ZeRO-3 without gathering, save it again "
@@ -100,14 +109,14 @@ def check_values(tensor: Tensor, key: str, file: Path) -> None:
             f"{file}: {key} is a {tensor.dtype} tensor of shape {tuple(tensor.shape)} where floating-point "
             "values of 16 bits or more are expected"
         )
-    if not torch.isfinite(tensor.float()).all():
+    if not all(abs(bound) <= _LARGEST for bound in map(float, tensor.aminmax())):  # never true of NaN
         raise InputError(
             f"{file}: {key} contains NaN or Inf, or values beyond float32; the training diverged or the file "
             "is damaged"
         )
 
 
-def as_matrices(B: Tensor, A: Tensor, module: str, file: Path) -> tuple[Tensor, Tensor]:
+def as_matrices(B: Factor, A: Factor, module: str, file: Path) -> tuple[Factor, Factor]:
     """`B (d_out, r)` and `A (r, d_in)`.
 
     The factors of a convolution, `B (d_out, r, 1 ..)` and `A (r, d_in, kernel ..)`, make an update `B A` of
@@ -121,7 +130,7 @@ def as_matrices(B: Tensor, A: Tensor, module: str, file: Path) -> tuple[Tensor, 
             f"{file}: {module} has factors of shapes {tuple(B.shape)} and {tuple(A.shape)} where at least "
             "two dimensions are expected; save the adapter again"
         )
-    B, A = B.flatten(1), A.flatten(1)
+    B, A = (factor if isinstance(factor, OnDisk) else factor.flatten(1) for factor in (B, A))
     if A.shape[0] != B.shape[1]:
         raise InputError(
             f"{file}: {module} has lora_B of shape {tuple(B.shape)} and lora_A of shape {tuple(A.shape)}, "

@@ -1,12 +1,14 @@
 """LoRA on fused experts: a tensor `(experts, d_out, d_in)` and a packed pair of factors per projection."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.adapters.on_disk import Factor, part_of, rows_of
 from mergekit_tspa.base.architectures import EXPERT_CONTAINER, EXPERT_PARAMETERS
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
@@ -48,7 +50,7 @@ def name_parameters(modules: Iterable[str], config: Mapping[str, Any], file: Pat
     return named
 
 
-def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Tensor, Tensor]]:
+def unpack(B: Factor, A: Factor, rank: int, layout: str | None) -> list[tuple[Factor, Factor]]:
     """The factors `(B_e, A_e)` of each expert, from `B (d_out, r experts)` and `A (experts r, d_in)`.
 
     In `A` an expert's rows lie together.  In `B` its columns are spread (`rank_major`, PEFT's layout), or
@@ -59,13 +61,19 @@ def unpack(B: Tensor, A: Tensor, rank: int, layout: str | None) -> list[tuple[Te
         layout: `lora_B_layout` of the configuration
     """
     n = A.shape[0] // rank
-    A = A.reshape(n, rank, -1)
-    B = (
-        B.reshape(-1, n, rank).movedim(1, 0)
-        if layout == "grouped_by_expert"
-        else B.reshape(-1, rank, n).movedim(2, 0)
-    )
-    return list(zip(B, A))
+    spread = layout != "grouped_by_expert"
+    return [
+        (
+            part_of(B, partial(_columns, expert=e, rank=rank, spread=spread), (B.shape[0], rank)),
+            rows_of(A, slice(e * rank, (e + 1) * rank)),
+        )
+        for e in range(n)
+    ]
+
+
+def _columns(B: Tensor, expert: int, rank: int, spread: bool) -> Tensor:
+    """Those of an expert.  # (d_out, r experts) -> (d_out, r)"""
+    return B[:, expert :: B.shape[1] // rank] if spread else B[:, expert * rank : (expert + 1) * rank]
 
 
 def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) -> dict[str, LoraModule]:
@@ -92,8 +100,9 @@ def settle(modules: Mapping[str, LoraModule], base: ModelTensors, adapter: str) 
             )
         if parts and not tensor:
             for part, (expert, rows) in parts.items():
-                assert isinstance(expert, int)
-                settled[part.removesuffix(".weight")] = experts[expert]._replace(B=experts[expert].B[rows])
+                assert isinstance(expert, int) and isinstance(rows, slice)
+                B = rows_of(experts[expert].B, rows)
+                settled[part.removesuffix(".weight")] = experts[expert]._replace(B=B)
         else:
             turned = tensor is not None and _transposed(experts[0], tensor, base)
             for expert, module in enumerate(experts):

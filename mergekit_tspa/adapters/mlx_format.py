@@ -17,6 +17,7 @@ from mergekit_tspa.adapters.adapter_files import (
 )
 from mergekit_tspa.adapters.kinds import MLX
 from mergekit_tspa.adapters.modules import LoraModule
+from mergekit_tspa.adapters.on_disk import in_memory, transposed
 from mergekit_tspa.errors import InputError
 
 _PARTS = ("lora_a", "lora_b", "m")
@@ -65,6 +66,7 @@ def read_mlx(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
             raise InputError(
                 f"{file}: the factors of {module} are no matrices; fuse it with mlx_lm.fuse first"
             )
-        B, A = as_matrices(found["lora_b"].mT, found["lora_a"].mT, module, file)
-        modules[module] = LoraModule(B, A, scale, magnitude=found["m"].flatten() if "m" in found else None)
+        B, A = as_matrices(transposed(found["lora_b"]), transposed(found["lora_a"]), module, file)
+        magnitude = in_memory(found["m"]).flatten() if "m" in found else None
+        modules[module] = LoraModule(B, A, scale, magnitude=magnitude)
     return Adapter(name, config["model"], modules)

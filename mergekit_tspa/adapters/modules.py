@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mergekit_tspa.adapters.on_disk import Factor
 from mergekit_tspa.updates import LoraFactors
 
 
@@ -29,8 +30,8 @@ class BasePart:
 class LoraModule(NamedTuple):
     """The update of one tensor as it is stored: factors in the file's precision, and how to read them."""
 
-    B: Tensor  # (d_out, r)
-    A: Tensor  # (r, d_in)
+    B: Factor  # (d_out, r), in memory or in the file
+    A: Factor  # (r, d_in)
     scale: float = 1.0
     transposed: bool = False  # the base stores (d_in, d_out), as embeddings and GPT-2's Conv1D do
     embedding: bool = False

@@ -27,6 +27,7 @@ from mergekit_tspa.adapters.adapter_files import (
 )
 from mergekit_tspa.adapters.kinds import KINDS, MERGE_FIRST, check_kinds, check_tensor, check_type, kinds_of
 from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
+from mergekit_tspa.adapters.on_disk import Factor, in_memory
 from mergekit_tspa.base.names import strip_prefixes
 from mergekit_tspa.errors import InputError
 
@@ -93,7 +94,7 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
             continue
         modules[module] = found = _read_module(module, parts, config, file)
         if "B.bias" in parts:
-            bias, added = f"{module}.bias", found.scale * parts["B.bias"].float()
+            bias, added = f"{module}.bias", found.scale * in_memory(parts["B.bias"]).float()
             if bias in changes and changes[bias].value.shape != added.shape:
                 raise InputError(f"{file}: {bias} is there twice, in two shapes; save the adapter again")
             changes[bias] = (
@@ -103,10 +104,10 @@ def read_peft(directory: Path, config: Mapping[str, Any], name: str) -> Adapter:
 
 
 def _sort(
-    tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    tensors: Mapping[str, Factor], config: Mapping[str, Any], file: Path
+) -> tuple[dict[str, dict[str, Factor]], dict[str, Tensor]]:
     """`{module: {part: tensor}}` of LoRA, and the tensors that were trained directly, by name."""
-    lora: dict[str, dict[str, Tensor]] = {}
+    lora: dict[str, dict[str, Factor]] = {}
     trained = {}
     adapter_names = set()
     for key, tensor in tensors.items():
@@ -120,7 +121,7 @@ def _sort(
         else:
             _check_trained(key, config, file)
             key = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", key).removesuffix(".default")
-            trained[key.replace(".base_layer.bias", ".bias")] = tensor
+            trained[key.replace(".base_layer.bias", ".bias")] = in_memory(tensor)
     if len(adapter_names) > 1:
         raise InputError(
             f"{file}: holds several adapters ({', '.join(map(str, adapter_names))}); save one per file"
@@ -154,7 +155,7 @@ def _change(key: str, value: Tensor, config: Mapping[str, Any], file: Path) -> t
 
 
 def _read_module(
-    module: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
+    module: str, parts: Mapping[str, Factor], config: Mapping[str, Any], file: Path
 ) -> LoraModule:
     """LoRA, DoRA or BD-LoRA on a linear layer, a convolution or an embedding; the base may be altered."""
     embedding = "embedding_A" in parts or "embedding_B" in parts
@@ -182,14 +183,14 @@ def _read_module(
         scale,
         transposed=embedding or bool(config.get("fan_in_fan_out")),
         embedding=embedding,
-        magnitude=None if magnitude is None else magnitude.flatten(),
+        magnitude=None if magnitude is None else in_memory(magnitude).flatten(),
         base_part=None if embedding else _base_part(config, rank, scale),
         convolution=convolution,
     )
 
 
 def _read_experts(
-    parameter: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
+    parameter: str, parts: Mapping[str, Factor], config: Mapping[str, Any], file: Path
 ) -> dict[str, LoraModule]:
     """`{parameter[expert]: factors}`."""
     B, A = as_matrices(*_pair(parameter, parts, "", file), parameter, file)
@@ -204,7 +205,7 @@ def _read_experts(
     return {f"{parameter}[{expert}]": LoraModule(B, A, scale) for expert, (B, A) in enumerate(pairs)}
 
 
-def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tuple[Tensor, Tensor]:
+def _pair(module: str, parts: Mapping[str, Factor], kind: str, file: Path) -> tuple[Factor, Factor]:
     for side in "AB":
         if kind + side not in parts:
             raise InputError(
@@ -215,8 +216,8 @@ def _pair(module: str, parts: Mapping[str, Tensor], kind: str, file: Path) -> tu
 
 
 def _expanded(
-    module: str, B: Tensor, A: Tensor, blocks: Mapping[str, Any], file: Path
-) -> tuple[Tensor, Tensor]:
+    module: str, B: Factor, A: Factor, blocks: Mapping[str, Any], file: Path
+) -> tuple[Factor, Factor]:
     """BD-LoRA: the file holds the blocks of a block-diagonal factor one below the other."""
     if A.ndim != 2 or B.ndim != 2:
         raise InputError(
@@ -224,9 +225,9 @@ def _expanded(
         )
     layer = module.rpartition(".")[2]
 
-    def expand(factor: Tensor, targets: str) -> Tensor:
+    def expand(factor: Factor, targets: str) -> Factor:
         if any(target in layer for target in blocks[targets] or ()):
-            return torch.block_diag(*factor.chunk(blocks["nblocks"]))
+            return torch.block_diag(*in_memory(factor).chunk(blocks["nblocks"]))
         return factor
 
     return expand(B, "target_modules_bd_b"), expand(A, "target_modules_bd_a")

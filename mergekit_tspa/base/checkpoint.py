@@ -31,7 +31,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __init__(self, directory: str | Path, names: Sequence[str] = _SINGLE):
         self.directory = Path(directory)
-        self._files = self._index(names)
+        self.files = self._index(names)  # that hold each tensor
 
     def _index(self, names: Sequence[str]) -> dict[str, Path]:
         for name in names:
@@ -62,24 +62,24 @@ class Checkpoint(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        opened = self._open(file := self._files[name])
+        opened = self._open(file := self.files[name])
         with readable(file):
             return opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self.files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     @cached_property
     def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shapes and dtypes, as safetensors or torch spell them, of all tensors."""
         headers = {}
-        for file in dict.fromkeys(self._files.values()):
+        for file in dict.fromkeys(self.files.values()):
             opened = self._open(file)
             with readable(file):
-                for name in (name for name, owner in self._files.items() if owner == file):
+                for name in (name for name, owner in self.files.items() if owner == file):
                     if isinstance(opened, dict):
                         headers[name] = tuple(opened[name].shape), str(opened[name].dtype)
                     else:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter
+from mergekit_tspa.adapters.on_disk import in_memory
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.files import read_json, readable, replaced
 from mergekit_tspa.calibration.moments import RANK, InputStatistics, SketchedInputs
@@ -51,7 +52,7 @@ def hash_adapter(adapter: Adapter) -> str:
         found.update(json.dumps([name, module.scale, module.magnitude is not None]).encode())
         for tensor in (module.B, module.A, module.magnitude):
             if tensor is not None:
-                _add(found, tensor)
+                _add(found, in_memory(tensor))
     for name, change in sorted(adapter.changes.items()):
         found.update(json.dumps([name, change.added, change.rows is not None]).encode())
         for tensor in (change.value, change.rows):

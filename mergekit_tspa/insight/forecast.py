@@ -55,7 +55,7 @@ class SeenAdapter(NamedTuple):
         made = sum(
             4 * module.rank * sum(module.shape) for module in modules if isinstance(module, ExtractedModule)
         )
-        return made + sum(tensor.nbytes for tensor in tensors)
+        return made + sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
     def warnings(self, method: Method, base: str | None) -> Iterator[str]:
         """
@@ -72,7 +72,7 @@ class SeenAdapter(NamedTuple):
     def row(self, weight: str, median: float) -> list[str]:
         """Cells of the table of adapters: kind, rank, number of modules, dtype, norm, weight."""
         modules = self.adapter.modules
-        ranks = {len(module.A) for module in self.stored} or {module.rank for module in modules.values()}
+        ranks = {module.A.shape[0] for module in self.stored} or {module.rank for module in modules.values()}
         norm = "needs the base" if self.norm is None else f"{self.norm:.4g}"
         return [
             self.kind,

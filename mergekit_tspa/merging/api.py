@@ -18,7 +18,7 @@ from mergekit_tspa.adapters import (
     locate_adapter,
     read_adapter,
 )
-from mergekit_tspa.adapters.write import write_adapter
+from mergekit_tspa.adapters.write import AdapterWriter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.files import path_of, read_json
 from mergekit_tspa.base.geometry import AttentionGeometry
@@ -110,13 +110,15 @@ class MergedAdapters(dict[str, MergedUpdate]):
             )
         _check_directory(directory, self.plan.adapters)
         names = {module_name(tensor): tensor for tensor in tensors}
-        factors = {name: low_rank(updates[tensor.name]) for name, tensor in names.items()}
         modules = {name: tensor.modules[0] for name, tensor in names.items()}
         task_type = (
             task_type_of(read_json(config)) if (config := Path(base, "config.json")).is_file() else None
         )
         try:
-            write_adapter(directory, factors, modules, base, task_type, dtype or own_dtype(tensors))
+            writer = AdapterWriter(directory, modules, dtype or own_dtype(tensors))
+            for name, tensor in names.items():
+                writer.add(name, low_rank(updates[tensor.name]))
+            writer.finish(base, task_type)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{directory}: the adapter could not be written: {error}") from error
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,16 +14,19 @@ from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import finite, product_overflows
+from mergekit_tspa.merging.memory import budget
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.pair_plans import load_side
 from mergekit_tspa.merging.plan import Chunk, MergePlan, Variation
 from mergekit_tspa.methods.inputs import Pair, Parameters, Progress, Survey, TensorInputs, silent
-from mergekit_tspa.methods.method import Merged, Method, prepared
+from mergekit_tspa.methods.method import Method, prepared
 from mergekit_tspa.methods.report import Report, Truncation, summary
-from mergekit_tspa.updates import Dense, LowRank
+from mergekit_tspa.threads import in_threads
+from mergekit_tspa.updates import Dense, LowRank, Spanned
 
 LOG = logging.getLogger(__name__)
 CHUNK_BYTES = 2**28  # of factors and solver, where a merge is one step of another
+_WORK = 5  # times the size of its factors, what merging a tensor takes
 
 Device: TypeAlias = torch.device | str | None
 Updates: TypeAlias = dict[str, LowRank | Dense]  # by tensor
@@ -76,34 +79,85 @@ def merge_chunk(
     survey: Survey | None = None,
     device: Device = None,
     progress: Progress = silent,
-) -> Merged:
+) -> tuple[list[LowRank | Dense], Sequence[Report | Truncation]]:
     """Load the factors of a chunk, merge them, cut them to `rank`, and check that they are finite.
 
     Args:
         grams: of the chunk's pairs, side x then side y of each
     """
-    pairs = [Pair(*parts) for parts in zip(chunk.pairs, grams[::2], grams[1::2])]
-    inputs = [load_tensor(method, plan, device)._replace(survey=survey) for plan in chunk.tensors]
-    _warn_of_zeros(chunk.tensors, inputs)
-    changed = [w for w in inputs if w.factors]
-    merged = method.merge(changed, pairs, progress)
-    updates = dict(zip((w.name for w in changed), merged.updates))
-    kept: dict[str, float] = {}
-    for plan in chunk.tensors:
-        update = updates.setdefault(plan.name, _zero(plan, device))
-        if not _bounded(update):
-            names = ", ".join(adapter.name for adapter, _ in plan.sources)
-            raise InputError(
-                f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})"
-            )
-        rank = plan.parameters.rank
+    if method.tensor_by_tensor:
+        sized = _tensor_by_tensor(method, chunk, survey, device, progress)
+    else:
+        inputs = [load_tensor(method, plan, device)._replace(survey=survey) for plan in chunk.tensors]
+        pairs = [Pair(*parts) for parts in zip(chunk.pairs, grams[::2], grams[1::2])]
+        merged = method.merge([w for w in inputs if w.factors], pairs, progress)
+        made = iter(merged.updates)
+        sized = [
+            _sized(method, plan, w, next(made) if w.factors else None, device)
+            for plan, w in zip(chunk.tensors, inputs)
+        ]
+    _warn_of_zeros(chunk.tensors, [present for *_, present in sized])
+    kept = {plan.name: share for plan, (_, share, _) in zip(chunk.tensors, sized) if share is not None}
+    reports = [] if method.tensor_by_tensor else merged.reports
+    return [update for update, *_ in sized], [*reports, Truncation(kept)] if kept else reports
+
+
+def _tensor_by_tensor(
+    method: Method, chunk: Chunk, survey: Survey | None, device: Device, progress: Progress
+) -> "list[_Sized]":
+    """Every tensor from its file to its update, several of them at the same time."""
+
+    def merge_one(plan: TensorPlan) -> "_Sized":
+        w = load_tensor(method, plan, device)._replace(survey=survey)
+        update = method.merge([w], [], silent).updates[0] if w.factors else None
+        return _sized(method, plan, w, update, device)
+
+    def done(count: int) -> None:
+        if len(chunk.tensors) > 1:
+            progress("merging", count / len(chunk.tensors), None)
+
+    on_cpu = torch.device(device or torch.get_default_device()).type == "cpu"
+    largest = max((_WORK * plan.nbytes for plan in chunk.tensors), default=1)
+    at_once = max(1, budget() // largest) if on_cpu else 1
+    return in_threads(merge_one, chunk.tensors, at_once, done)
+
+
+class _Sized(NamedTuple):
+    """A merged update as it leaves a chunk."""
+
+    update: LowRank | Dense
+    share: float | None  # of ||dW||^2 that `rank` left; None if it cut nothing
+    present: Sequence[Adapter]  # those that took part
+
+
+def _sized(
+    method: Method,
+    plan: TensorPlan,
+    w: TensorInputs,
+    made: LowRank | Spanned | Dense | None,
+    device: Device,
+) -> _Sized:
+    """What was made of a tensor, cut to `rank`; zero if nothing was.
+
+    Raises:
+        InputError: it is not finite.
+    """
+    update = _zero(plan, device) if made is None else made
+    rank, share = plan.parameters.rank, None
+    try:
         if rank and (rank < update.rank or isinstance(update, Dense)):
-            updates[plan.name] = update.truncated(rank)
-            kept[plan.name] = (
-                (updates[plan.name].norm() / update.norm()).item() ** 2 if update.norm() else 1.0
-            )
-    reports = [*merged.reports, Truncation(kept)] if kept else merged.reports
-    return Merged([updates[plan.name] for plan in chunk.tensors], reports)
+            whole = update.spanned() if isinstance(update, LowRank) else update
+            cut, norm = whole.truncated(rank), whole.norm()
+            update, share = cut, (cut.norm() / norm).item() ** 2 if norm else 1.0
+        elif isinstance(update, Spanned):
+            update = update.low_rank()
+        bounded = _bounded(update)
+    except torch.linalg.LinAlgError:  # which values that are not finite end in
+        bounded = False
+    if not bounded or isinstance(update, Spanned):
+        names = ", ".join(adapter.name for adapter, _ in plan.sources)
+        raise InputError(f"{method.name}: the merged update of {plan.name} is not finite (adapters {names})")
+    return _Sized(update, share, w.adapters)
 
 
 def survey_plan(
@@ -233,12 +287,12 @@ def _bounded(update: LowRank | Dense) -> bool:
     return finite(*update) and (isinstance(update, Dense) or not product_overflows(update, update.rank))
 
 
-def _warn_of_zeros(plans: Sequence[TensorPlan], inputs: Sequence[TensorInputs]) -> None:
+def _warn_of_zeros(plans: Sequence[TensorPlan], present: Sequence[Sequence[Adapter]]) -> None:
     dropped: dict[Adapter, list[str]] = {}
-    for plan, w in zip(plans, inputs):
+    for plan, adapters in zip(plans, present):
         for adapter, module in plan.sources:
             # A full model may well leave most tensors as they are; log_kept counts them.
-            if adapter not in w.adapters and not isinstance(adapter.modules[module], ExtractedModule):
+            if adapter not in adapters and not isinstance(adapter.modules[module], ExtractedModule):
                 dropped.setdefault(adapter, []).append(plan.name)
     for adapter, names in dropped.items():
         LOG.warning(

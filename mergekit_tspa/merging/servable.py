@@ -4,7 +4,7 @@ loses.
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -77,32 +77,39 @@ def adapter_tensors(
     return tensors, left_out
 
 
-def log_left_out(left_out: Iterable[LeftOut], plan: MergePlan, merged: Mapping[str, LowRank]) -> None:
-    """One line on what an adapter leaves out, and its share `sum ||dW - B A||^2 / sum ||dW||^2` of the
-    change.
+class InAdapter:
+    """What an adapter holds of a merge, as far as it must be known to say what it leaves out."""
 
-    Args:
-        merged: the low-rank updates `B A` that are in the adapter, by tensor
-    """
-    count: dict[str, int] = {}
-    lost = total = 0.0
-    whole = dict(merged)
-    for output, kinds in left_out:
-        for kind in kinds:
-            count[kind] = count.get(kind, 0) + 1
-        update = whole.pop(output.name, None)
-        if plan.read is not None:
-            W = plan.read(output.name).float()
-            change = finish(output.parts[0].plan, update).apply_to(W) - W
-            held = torch.zeros_like(W) if update is None else update.apply_to(W) - W
-            lost += (change - held).square().sum().item()
-            total += change.square().sum().item()
-    if not count:
-        return
-    total += sum(update.norm().item() ** 2 for update in whole.values())
-    share = f"{lost / total:.1%} of the merge's ||dW||^2" if total else "nothing of the merge's ||dW||^2"
-    listed = ", ".join(f"{kind} of {n} tensors" for kind, n in count.items())
-    LOG.warning("the adapter leaves out %s, as asked: it lacks %s", listed, share)
+    def __init__(self, plan: MergePlan, left_out: Sequence[LeftOut]):
+        self.plan, self.left_out = plan, left_out
+        self.partly: dict[str, LowRank] = {}  # updates of tensors of which it leaves out the rest
+        self.rest = 0.0  # sum ||dW||^2 of the others
+
+    def add(self, tensor: str, update: LowRank) -> None:
+        if any(output.name == tensor for output, _ in self.left_out):
+            self.partly[tensor] = update
+        elif self.left_out:
+            self.rest += update.norm().item() ** 2
+
+    def log(self) -> None:
+        """One line on what it leaves out, and its share `sum ||dW - B A||^2 / sum ||dW||^2` of the change."""
+        count: dict[str, int] = {}
+        lost, total = 0.0, self.rest
+        for output, kinds in self.left_out:
+            for kind in kinds:
+                count[kind] = count.get(kind, 0) + 1
+            update = self.partly.pop(output.name, None)
+            if self.plan.read is not None:
+                W = self.plan.read(output.name).float()
+                change = finish(output.parts[0].plan, update).apply_to(W) - W
+                held = torch.zeros_like(W) if update is None else update.apply_to(W) - W
+                lost += (change - held).square().sum().item()
+                total += change.square().sum().item()
+        if not count:
+            return
+        share = f"{lost / total:.1%} of the merge's ||dW||^2" if total else "nothing of the merge's ||dW||^2"
+        listed = ", ".join(f"{kind} of {n} tensors" for kind, n in count.items())
+        LOG.warning("the adapter leaves out %s, as asked: it lacks %s", listed, share)
 
 
 def module_name(plan: TensorPlan) -> str:

@@ -16,20 +16,22 @@ from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.linalg import product_svd
 from mergekit_tspa.methods.emr_records import record
 from mergekit_tspa.methods.inputs import Parameters, Planned, TensorInputs
-from mergekit_tspa.methods.method import SUM_OF_RANKS, Method, one_by_one
+from mergekit_tspa.methods.method import SUM_OF_RANKS, Method, OneByOne
 from mergekit_tspa.methods.rules import RULES, Rule, Scoped
 from mergekit_tspa.methods.spaces import FACTOR_SPACE, SPACES, UPDATE_SPACES, Space
 from mergekit_tspa.methods.task_arithmetic import task_arithmetic
 from mergekit_tspa.rules.rule_kinds import Entrywise, Linear, Spectral, Statistics
 from mergekit_tspa.rules.stream import Products, Stream, merge_rows
 from mergekit_tspa.spaces.coordinates import Part
-from mergekit_tspa.spaces.core import core
-from mergekit_tspa.updates import Dense, LoraFactors
+from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.spaces.factor import encode
+from mergekit_tspa.updates import Dense, LoraFactors, Spanned
 
 
-def merge_in_space(space: Space, rule: Rule, w: TensorInputs) -> LoraFactors | Dense:
+def merge_in_space(space: Space, rule: Rule, w: TensorInputs) -> LoraFactors | Spanned | Dense:
     """Encode, merge, join; in float64, entrywise rules in float32."""
     if isinstance(rule.kind, Linear):
         return _merge_linear(space, rule.kind, w)
@@ -38,7 +40,7 @@ def merge_in_space(space: Space, rule: Rule, w: TensorInputs) -> LoraFactors | D
     return _merge_entrywise(space, rule, rule.kind, w)
 
 
-def _merge_linear(space: Space, kind: Linear, w: TensorInputs) -> LoraFactors | Dense:
+def _merge_linear(space: Space, kind: Linear, w: TensorInputs) -> LoraFactors | Spanned | Dense:
     """In an isometric space the weighted sum of the updates; otherwise its projection."""
     try:
         coefficients = kind.coefficients(torch.tensor(w.weights, dtype=torch.float64)).tolist()
@@ -52,21 +54,27 @@ def _merge_linear(space: Space, kind: Linear, w: TensorInputs) -> LoraFactors | 
     return _update(coordinates.joined([part.factors[0].dense() for part in parts]), like=total)
 
 
-def _merge_spectral(space: Space, rule: Rule, kind: Spectral, w: TensorInputs) -> LoraFactors | Dense:
+def _merge_spectral(
+    space: Space, rule: Rule, kind: Spectral, w: TensorInputs
+) -> LoraFactors | Spanned | Dense:
     """In coordinates as small as can be: the rule commutes with changes of orthonormal basis.
 
-    Core Space stands in for a space that is as large as the tensor.
+    The core stands in for a space that loses nothing.
     """
-    coordinates = core(w.factors) if space.result.dense else space.coordinates(w.factors, w.parameters)
+    isometric = space.isometric
+    coordinates = cores(w.factors).basis() if isometric else space.coordinates(w.factors, w.parameters)
     merged = []
     for part in coordinates.parts(w.factors, w.weights):
         M = torch.stack([f.dense() for f in part.factors])
-        room = min(w.factors[0].shape) if space.isometric else min(M.shape[1:])
-        merged.append(kind.merge(M, M.new_tensor(part.weights), room=room, **rule.own(w.parameters)))
+        room = min(w.factors[0].shape) if isometric else min(M.shape[1:])
+        given = {"room": room, "triplets": product_svd(*encode(part.factors))}
+        merged.append(kind.merge(M, M.new_tensor(part.weights), **given, **rule.own(w.parameters)))
     return _update(coordinates.joined(merged), like=w.factors[0])
 
 
-def _merge_entrywise(space: Space, rule: Rule, kind: Entrywise, w: TensorInputs) -> LoraFactors | Dense:
+def _merge_entrywise(
+    space: Space, rule: Rule, kind: Entrywise, w: TensorInputs
+) -> LoraFactors | Spanned | Dense:
     """By blocks of rows, so that no more than the result is ever held whole."""
     coordinates = space.coordinates(w.factors, w.parameters)
     merged = []
@@ -83,12 +91,13 @@ def _merge_entrywise(space: Space, rule: Rule, kind: Entrywise, w: TensorInputs)
 
 
 def _counted(space: Space, part: Part, factors: Sequence[LoraFactors]) -> Part:
-    """The entries that a rule counts, zeros among them where the space has such.
+    """The entries that a rule counts, in float32, zeros among them where the space has such.
 
     The published code of Core Space keeps `min(d, R)` directions of a side, `R = sum_t r_t`, also where the
     adapters share directions.  The coordinates along those that they do not have are zero.  Our basis leaves
     these directions out, so the zeros come back here, for the rules that take shares of all entries.
     """
+    part = part._replace(factors=[f.to(torch.float32) for f in part.factors])
     if not space.counts_zeros:
         return part
     d_out, d_in = factors[0].shape
@@ -104,9 +113,11 @@ def _statistics(wanted: Statistics, rule: Rule, w: TensorInputs, part: Part) -> 
     return wanted(Stream(lambda: [products]), **rule.own(w.parameters))
 
 
-def _update(merged: LoraFactors | Tensor, like: LoraFactors) -> LoraFactors | Dense:
+def _update(merged: LoraFactors | Spanned | Tensor, like: LoraFactors) -> LoraFactors | Spanned | Dense:
     if isinstance(merged, Tensor):
         return Dense(merged)
+    if isinstance(merged, Spanned):
+        return merged
     return LoraFactors(merged.B.to(like.B), merged.A.to(like.B))
 
 
@@ -151,7 +162,7 @@ def _method(space: Space, rule: Rule) -> Method:
         paper="; ".join(filter(None, (rule.paper, space.paper))),
         url=space.url or rule.url,
         result=SUM_OF_RANKS if space.isometric and kind is None else space.result,
-        merge=one_by_one(lambda w: merge_in_space(space, rule, w)),
+        merge=OneByOne(lambda w: merge_in_space(space, rule, w)),
         survey=partial(survey_model, space, rule, surveyed) if surveyed else None,
         record=partial(record_in_space, space, rule, recorded) if recorded else None,
         parameters=_parameters(space, rule),

@@ -12,14 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mergekit_tspa.methods.inputs import OneByOneParameters, TensorInputs
-from mergekit_tspa.methods.method import DENSE, SUM_OF_RANKS, Method, one_by_one
+from mergekit_tspa.methods.method import DENSE, SUM_OF_RANKS, Method, OneByOne
 from mergekit_tspa.rules.ace import ace
 from mergekit_tspa.rules.actmat import actmat, tact
 from mergekit_tspa.rules.dc_merge import dc_merge
 from mergekit_tspa.rules.optmerge import optmerge
 from mergekit_tspa.rules.wudi import swudi, swudi_a, wudi
 from mergekit_tspa.spaces.core import core
-from mergekit_tspa.updates import Dense, LoraFactors
+from mergekit_tspa.updates import Dense, LoraFactors, Spanned
 
 Start = Literal["sum", "mean"]
 
@@ -83,7 +83,7 @@ class AceParameters(OneByOneParameters):
     )
 
 
-def on_cores(rule: Callable[..., Tensor], *sizes: str) -> Callable[[TensorInputs], LoraFactors]:
+def on_cores(rule: Callable[..., Tensor], *sizes: str) -> Callable[[TensorInputs], Spanned]:
     """A rule on the updates in the coordinates of Core Space.
 
     Args:
@@ -91,15 +91,16 @@ def on_cores(rule: Callable[..., Tensor], *sizes: str) -> Callable[[TensorInputs
         sizes: what it wants to know of the tensor itself, `columns` or `room`, the smaller side
     """
 
-    def merge(w: TensorInputs) -> LoraFactors:
+    def merge(w: TensorInputs) -> Spanned:
         basis = core(w.factors)
         (part,) = basis.parts(w.factors, w.weights)
         M = torch.stack([f.dense() for f in part.factors])
         shape = w.factors[0].shape
         known = {"columns": shape[1], "room": min(shape)}
         merged = rule(M, M.new_tensor(w.weights), **{s: known[s] for s in sizes}, **_own(w))
-        B, A = basis.joined([merged])
-        return LoraFactors(B.to(w.factors[0].B), A.to(w.factors[0].A))
+        joined = basis.joined([merged])
+        assert isinstance(joined, Spanned)  # Core Space has a basis on both sides
+        return joined
 
     return merge
 
@@ -139,7 +140,7 @@ DATA_FREE_METHODS = (
         title="ACTMat",
         summary="RegMean with the updates themselves in place of texts",
         result=SUM_OF_RANKS,
-        merge=one_by_one(on_cores(actmat)),
+        merge=OneByOne(on_cores(actmat)),
         parameters=ActmatParameters,
         **_ACTMAT,
     ),
@@ -148,7 +149,7 @@ DATA_FREE_METHODS = (
         title="TACT",
         summary="ACTMat on each update's largest entries",
         result=DENSE,
-        merge=one_by_one(in_full(tact)),
+        merge=OneByOne(in_full(tact)),
         parameters=TactParameters,
         **_ACTMAT,
     ),
@@ -159,7 +160,7 @@ DATA_FREE_METHODS = (
         paper="Cheng et al., 2025",
         url="https://arxiv.org/abs/2503.08099",
         result=DENSE,
-        merge=one_by_one(in_full(wudi)),
+        merge=OneByOne(in_full(wudi)),
         parameters=WudiParameters,
     ),
     Method(
@@ -167,7 +168,7 @@ DATA_FREE_METHODS = (
         title="SWUDI",
         summary="the gradient flow of WUDI's loss in closed form",
         result=SUM_OF_RANKS,
-        merge=one_by_one(on_cores(swudi, "columns")),
+        merge=OneByOne(on_cores(swudi, "columns")),
         parameters=SwudiParameters,
         **_SWUDI,
     ),
@@ -176,7 +177,7 @@ DATA_FREE_METHODS = (
         title="SWUDI-A",
         summary="the solution of WUDI's loss in the directions of weight, the sum elsewhere",
         result=SUM_OF_RANKS,
-        merge=one_by_one(on_cores(swudi_a, "columns")),
+        merge=OneByOne(on_cores(swudi_a, "columns")),
         parameters=SwudiAParameters,
         **_SWUDI,
     ),
@@ -187,7 +188,7 @@ DATA_FREE_METHODS = (
         paper="Wei et al., 2025",
         url="https://arxiv.org/abs/2505.19892",
         result=SUM_OF_RANKS,
-        merge=one_by_one(on_cores(optmerge, "room")),
+        merge=OneByOne(on_cores(optmerge, "room")),
         parameters=OptmergeParameters,
     ),
     Method(
@@ -197,7 +198,7 @@ DATA_FREE_METHODS = (
         paper="Zhang et al., 2026",
         url="https://arxiv.org/abs/2603.06242",
         result=SUM_OF_RANKS,
-        merge=one_by_one(on_cores(dc_merge, "room")),
+        merge=OneByOne(on_cores(dc_merge, "room")),
         parameters=DcMergeParameters,
     ),
     Method(
@@ -207,7 +208,7 @@ DATA_FREE_METHODS = (
         paper="ACE-Merging, 2026",
         url="https://arxiv.org/abs/2603.02945",
         result=SUM_OF_RANKS,
-        merge=one_by_one(merge_by_ace),
+        merge=OneByOne(merge_by_ace),
         parameters=AceParameters,
     ),
 )

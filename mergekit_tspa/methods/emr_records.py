@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from mergekit_tspa.linalg import Span
 from mergekit_tspa.rules.emr import unify
 from mergekit_tspa.rules.stream import row_blocks
 from mergekit_tspa.spaces.basis import Basis
-from mergekit_tspa.updates import Dense, LoraFactors, LowRank
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank, Spanned
 
 RECORDS, DESCRIPTION = "emr_masks.safetensors", "emr_tasks.json"  # beside the unified model
 _STEPS = 2**15 - 1
@@ -42,7 +43,10 @@ def task_update(kept: Mapping[str, Tensor], task: int) -> LowRank | Dense:
     """`uni * mask_t * scale_t`, mapped back to the tensor by the bases `U` and `V` that `kept` has."""
     unified = kept["unified"].float() * (kept["largest"] / _STEPS)
     M = unified * unpack_bits(kept["mask"][task], unified.shape[1]) * kept["scale"][task]
-    merged = Basis(kept.get("U"), kept.get("V")).decode(M)
+    U, V = (Span(kept[side]) if side in kept else None for side in "UV")
+    merged = Basis(U, V).decode(M)
+    if isinstance(merged, Spanned):
+        return merged.low_rank()
     return Dense(merged) if isinstance(merged, Tensor) else LowRank(*merged)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from mergekit_tspa.methods.inputs import OneByOneParameters
-from mergekit_tspa.methods.method import LARGEST_RANK, Method, one_by_one
+from mergekit_tspa.methods.method import LARGEST_RANK, Method, OneByOne
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.factor import encode
 from mergekit_tspa.updates import LoraFactors
@@ -28,6 +28,6 @@ factor_linear_method = Method(
     url="https://huggingface.co/docs/peft/developer_guides/model_merging",
     result=LARGEST_RANK,
     split="yes",
-    merge=one_by_one(lambda w: factor_linear(w.factors, w.weights)),
+    merge=OneByOne(lambda w: factor_linear(w.factors, w.weights)),
     parameters=OneByOneParameters,
 )

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, one_hot
 
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.inputs import OneByOneParameters, Planned
-from mergekit_tspa.methods.method import Method, ResultRank, one_by_one
+from mergekit_tspa.methods.method import Method, OneByOne, ResultRank
 from mergekit_tspa.updates import LoraFactors, LowRank, nonzero
 
 
@@ -113,7 +113,7 @@ lora_lego_method = Method(
     url="https://arxiv.org/abs/2409.16167",
     result=CLUSTERS,
     split="no, unless rounding decides between equally near clusters; with `gauge: raw` yes",
-    merge=one_by_one(
+    merge=OneByOne(
         lambda w: lora_lego(
             w.factors,
             w.weights,

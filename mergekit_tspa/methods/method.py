@@ -15,7 +15,7 @@ from mergekit_tspa.methods.inputs import PER_MODEL, Pair, Parameters, Planned, P
 from mergekit_tspa.methods.pico import at_mean_norm, pico
 from mergekit_tspa.methods.report import Report, Truncation
 from mergekit_tspa.methods.svc import svc
-from mergekit_tspa.updates import Dense, LoraFactors, LowRank
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank, Spanned
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ DENSE = ResultRank("full (dense)", lambda ranks, p: sum(ranks), dense=True)
 class Merged(NamedTuple):
     """Updates in the order of the inputs, and what the solvers report."""
 
-    updates: Sequence[LowRank | Dense]
+    updates: Sequence[LowRank | Spanned | Dense]
     reports: Sequence[Report | Truncation]
 
 
@@ -83,6 +83,11 @@ class Method:
     equal_ranks: bool = False  # of all adapters of a tensor
     check: Callable[[Sequence[Planned]], None] = lambda planned: None  # refuses what it cannot merge
     drops_zeros: bool = True  # an adapter whose update of a tensor is zero takes no part in that tensor
+
+    @property
+    def tensor_by_tensor(self) -> bool:
+        """Whether it merges every tensor by itself, so that several can be merged at the same time."""
+        return isinstance(self.merge, OneByOne)
 
     def carried(self, planned: Planned) -> int:
         """The rank that a tensor's merged update can have before `rank` cuts it."""
@@ -155,28 +160,27 @@ def prepared(w: TensorInputs) -> TensorInputs:
     return w._replace(factors=pico(w.factors)) if getattr(w.parameters, "pico", False) else w
 
 
-def one_by_one(rule: Callable[[TensorInputs], LoraFactors | Dense]) -> MergeFunction:
+@dataclass(frozen=True)
+class OneByOne:
     """`Method.merge` of a closed formula that looks at one tensor at a time, with `OneByOneParameters` or
     without.
     """
 
-    def merge_one(w: TensorInputs) -> LowRank | Dense:
+    rule: Callable[[TensorInputs], LoraFactors | Spanned | Dense]
+
+    def __call__(self, inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+        return Merged([self._merge(w) for w in inputs], [])
+
+    def _merge(self, w: TensorInputs) -> LowRank | Spanned | Dense:
         p = w.parameters
         before, after = getattr(p, "pico", False), getattr(p, "svc", False)
-        made = rule(prepared(w))
+        made = self.rule(prepared(w))
+        if isinstance(made, Spanned) and not (before or after):
+            return made.scaled(p.lambda_)
+        made = made.low_rank() if isinstance(made, Spanned) else made
         update: LowRank | Dense = made if isinstance(made, Dense) else LowRank(*made)
         if before or after:
             weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
             update = at_mean_norm(update, weighted) if before else update
             update = svc(update, weighted) if after else update
         return update.scaled(p.lambda_)
-
-    def merge(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
-        updates = []
-        for i, w in enumerate(inputs):
-            if len(inputs) > 1:
-                progress("merging", i / len(inputs), None)
-            updates.append(merge_one(w))
-        return Merged(updates, [])
-
-    return merge

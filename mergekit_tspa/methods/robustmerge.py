@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mergekit_tspa.methods.inputs import OneByOneParameters
-from mergekit_tspa.methods.method import LARGEST_RANK, SUM_OF_RANKS, Method, one_by_one
+from mergekit_tspa.methods.method import LARGEST_RANK, SUM_OF_RANKS, Method, OneByOne
 from mergekit_tspa.updates import LoraFactors, nonzero
 
 
@@ -99,7 +99,7 @@ ROBUSTMERGE_METHODS = (
         summary="pruned factors, rank directions weighed by what they lost, updates summed",
         result=SUM_OF_RANKS,
         split="yes",
-        merge=one_by_one(lambda w: robustmerge(w.factors, w.weights, **w.parameters.own())),
+        merge=OneByOne(lambda w: robustmerge(w.factors, w.weights, **w.parameters.own())),
         parameters=RobustMergeParameters,
         **_PAPER,
     ),
@@ -109,7 +109,7 @@ ROBUSTMERGE_METHODS = (
         summary="pruned and weighed factors summed apart, for equal ranks; contains cross terms",
         result=LARGEST_RANK,
         split="yes",
-        merge=one_by_one(lambda w: robustmerge_code(w.factors, w.weights, **w.parameters.own())),
+        merge=OneByOne(lambda w: robustmerge_code(w.factors, w.weights, **w.parameters.own())),
         parameters=RobustMergeCodeParameters,
         equal_ranks=True,
         **_PAPER,

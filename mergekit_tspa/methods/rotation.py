@@ -9,7 +9,7 @@ from torch import Tensor
 from mergekit_tspa.alignment.procrustes import match
 from mergekit_tspa.methods.factor_linear import factor_linear
 from mergekit_tspa.methods.inputs import OneByOneParameters
-from mergekit_tspa.methods.method import LARGEST_RANK, Method, one_by_one
+from mergekit_tspa.methods.method import LARGEST_RANK, Method, OneByOne
 from mergekit_tspa.spaces.factor import encode
 from mergekit_tspa.updates import LoraFactors, nonzero
 
@@ -52,6 +52,6 @@ rotation_method = Method(
     url="https://arxiv.org/abs/2502.00264",
     result=LARGEST_RANK,
     split="yes, rotations apart",
-    merge=one_by_one(lambda w: rotation(w.factors, w.weights, **w.parameters.own())),
+    merge=OneByOne(lambda w: rotation(w.factors, w.weights, **w.parameters.own())),
     parameters=RotationParameters,
 )

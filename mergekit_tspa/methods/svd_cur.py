@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.inputs import OneByOneParameters, Planned
-from mergekit_tspa.methods.method import Method, ResultRank, one_by_one
+from mergekit_tspa.methods.method import Method, OneByOne, ResultRank
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.spaces.cores import cores
 from mergekit_tspa.updates import LoraFactors, LowRank
@@ -60,7 +60,7 @@ def svd_cur(
     c = max(1, r // 2) if c is None else c
     share = 1 / len(factors) if shared == "mean" else 1
     common = cores(factors)
-    Q_B, Q_A, C = common.Q_B, common.Q_A, common.C  # (d_out, q_B), (d_in, q_A), (n, q_B, q_A)
+    Q_B, Q_A, C = common.Q_B.dense(), common.Q_A.dense(), common.C  # (d_out, q_B), (d_in, q_A), (n, q_B, q_A)
     L, N = (torch.linalg.svd(torch.cat([*M], dim=1), full_matrices=False).U[:, :k] for M in (C, C.mT))
     S = L @ L.mT @ C @ N @ N.mT
     E = C - S if combine == "residual" else C
@@ -132,7 +132,7 @@ svd_cur_method = Method(
     paper="after Lu et al., Findings of ACL 2026",
     url="https://aclanthology.org/2026.findings-acl.261/",
     result=K_AND_ROWS,
-    merge=one_by_one(lambda w: svd_cur(w.factors, w.weights, **w.parameters.own())),
+    merge=OneByOne(lambda w: svd_cur(w.factors, w.weights, **w.parameters.own())),
     parameters=SvdCurParameters,
     check=_check_size,
 )

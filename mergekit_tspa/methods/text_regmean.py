@@ -22,6 +22,7 @@ from mergekit_tspa.methods.texts import (
     text_parameters,
 )
 from mergekit_tspa.rules.regmean import regmean, regmean_low_rank
+from mergekit_tspa.threads import in_threads
 from mergekit_tspa.updates import LoraFactors
 
 BELOW = 1.25  # what the merged update of a layer is multiplied with before the layers above see its answers
@@ -66,11 +67,13 @@ def solve_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
     """Every tensor by `regmean_tensor`, on the inputs that the single adapters have."""
     p = text_parameters(inputs)
     assert isinstance(p, RegmeanParameters)
-    updates = {}
-    for i, w in enumerate(inputs):
-        readings.progress("merging", i / len(inputs), None)
-        updates[w.name] = _solved(w, statistics_of(w, readings), p)
-    return updates
+    known = [(w, statistics_of(w, readings)) for w in inputs]
+    solved = in_threads(
+        lambda one: _solved(*one, p),
+        known,
+        done=lambda count: readings.progress("merging", count / len(known), None),
+    )
+    return {w.name: update for (w, _), update in zip(known, solved)}
 
 
 def _solved(w: TensorInputs, inputs: Sequence[InputStatistics], p: RegmeanParameters) -> LoraFactors:

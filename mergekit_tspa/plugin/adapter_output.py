@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from mergekit_tspa.adapters.write import write_adapter
+from mergekit_tspa.adapters.write import AdapterWriter
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.plan import MergePlan
 from mergekit_tspa.merging.servable import (
+    InAdapter,
     LeftOut,
     adapter_tensors,
-    log_left_out,
     module_name,
     own_dtype,
     task_type_of,
@@ -34,7 +34,7 @@ from mergekit_tspa.plugin.output import held, refuse_inputs
 from mergekit_tspa.plugin.planning import MergeTasks, PlannedRecipe, log_task, merge_of
 from mergekit_tspa.plugin.recipe import leaves_out, span
 from mergekit_tspa.plugin.recipe_file import read_recipe
-from mergekit_tspa.plugin.tasks import TakeUpdate, UpdateFields, device_of
+from mergekit_tspa.plugin.tasks import MergeChunk, device_of
 from mergekit_tspa.updates import LowRank
 
 
@@ -52,25 +52,65 @@ class AdapterFile:
     card: str
 
 
-class SaveAdapter(Task[None], frozen=True, arbitrary_types_allowed=True):
-    """Collect the updates of all weights, which are small, and write them."""
+@dataclass(frozen=True, eq=False)
+class OpenAdapter:
+    """An adapter that is being written."""
 
-    updates: tuple[TakeUpdate, ...]
     file: AdapterFile
+    writer: AdapterWriter
+    held: InAdapter
+
+    @classmethod
+    def of(cls, file: AdapterFile) -> "OpenAdapter":
+        modules = {module_name(plan): plan.modules[0] for plan in file.tensors}
+        return cls(
+            file, AdapterWriter(file.directory, modules, file.dtype), InAdapter(file.plan, file.left_out)
+        )
+
+
+class SaveUpdates(Task[None], frozen=True, arbitrary_types_allowed=True):
+    """Write what a chunk made, so that it need not be kept."""
+
+    merge: MergeChunk
+    adapter: OpenAdapter
 
     def arguments(self) -> dict[str, Task]:
-        return {str(i): update for i, update in enumerate(self.updates)}
+        return {"merged": self.merge}
+
+    def group_label(self) -> str:
+        return self.merge.group_label()
+
+    def priority(self) -> int:
+        return 1000  # before the next chunk is merged
 
     def main_thread_only(self) -> bool:
         return True
 
-    def execute(self, **updates: UpdateFields) -> None:
-        file = self.file
-        names = [module_name(plan) for plan in file.tensors]
-        modules = {name: plan.modules[0] for name, plan in zip(names, file.tensors)}
-        merged = {name: LowRank(**updates[str(i)]) for i, name in enumerate(names)}
-        log_left_out(file.left_out, file.plan, {plan.name: merged[n] for n, plan in zip(names, file.tensors)})
-        write_adapter(file.directory, merged, modules, file.base, file.task_type, file.dtype)
+    def execute(self, merged: dict) -> None:
+        wanted = {plan.name: module_name(plan) for plan in self.adapter.file.tensors}
+        for tensor, fields in merged["updates"].items():
+            if tensor in wanted:
+                update = LowRank(**fields)
+                self.adapter.writer.add(wanted[tensor], update)
+                self.adapter.held.add(tensor, update)
+
+
+class FinishAdapter(Task[None], frozen=True, arbitrary_types_allowed=True):
+    """Give the adapter its name once all updates are written."""
+
+    saved: tuple[SaveUpdates, ...]
+    adapter: OpenAdapter
+
+    def arguments(self) -> dict[str, Task]:
+        return {str(i): task for i, task in enumerate(self.saved)}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, **_saved: None) -> None:
+        file = self.adapter.file
+        self.adapter.held.log()
+        self.adapter.writer.finish(file.base, file.task_type)
         (file.directory / "README.md").write_text(file.card, encoding="utf-8")
 
 
@@ -114,14 +154,16 @@ def _refuse_tokenizer(config: MergeConfiguration) -> None:
         raise InputError("an adapter has no tokenizer of its own; leave the tokenizer options out")
 
 
-def adapter_task(tasks: MergeTasks, directory: Path, source: str | None = None) -> SaveAdapter:
+def adapter_task(tasks: MergeTasks, directory: Path, source: str | None = None) -> FinishAdapter:
     """The task that writes the planned merge as an adapter.
 
     Raises:
         InputError: as `adapter_file`.
     """
-    file = adapter_file(tasks.recipe, directory, source)
-    return SaveAdapter(updates=tuple(tasks.updates[tensor.name] for tensor in file.tensors), file=file)
+    adapter = OpenAdapter.of(adapter_file(tasks.recipe, directory, source))
+    chunks = dict.fromkeys(tasks.merges[tensor.name] for tensor in adapter.file.tensors)
+    saved = tuple(SaveUpdates(merge=merge, adapter=adapter) for merge in chunks)
+    return FinishAdapter(saved=saved, adapter=adapter)
 
 
 def weight_ranges(plan: MergePlan) -> dict[str, str]:

@@ -19,6 +19,7 @@ from mergekit_tspa.calibration.readings import TextSource
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.bases import warn_of_other_bases
 from mergekit_tspa.merging.guide import Guide
+from mergekit_tspa.merging.memory import budget
 from mergekit_tspa.merging.outputs import OutputTensor, Wanted
 from mergekit_tspa.merging.plan import LOG, Chunk, MergePlan, plan_merge
 from mergekit_tspa.methods import METHODS, Method
@@ -208,7 +209,7 @@ def make_tasks(planned: PlannedRecipe) -> MergeTasks:
 def _budget(planned: PlannedRecipe) -> float:
     """How many bytes of factors and solver a chunk may hold; with several GPUs, so few that each has work."""
     if not planned.options.multi_gpu:
-        return CPU_BYTES if planned.options.device == "cpu" else ACCELERATOR_BYTES
+        return min(CPU_BYTES, budget() // 4) if planned.options.device == "cpu" else ACCELERATOR_BYTES
     total = sum(unit.nbytes for unit in planned.merge.units())
     return min(ACCELERATOR_BYTES, 1 + total // max(1, accelerator_count()))
 

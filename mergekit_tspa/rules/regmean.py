@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_tspa.linalg import gram, leading_left, span
 from mergekit_tspa.rules.grams import descending
 
 
@@ -211,7 +212,11 @@ class DenseMetric:
 
 
 class LowRankMetric:
-    """`DenseMetric` of `S = V V^T + diag(E)`, from the SVD of `E^-1/2 V` alone."""
+    """`DenseMetric` of `S = V V^T + diag(E)`, from the eigenvectors of a Gram matrix of `E^-1/2 V` alone.
+
+    With `N = E^-1/2 V`, `N^T N = R diag(s^2) R^T` and `f = sqrt(1 + s^2)`, the root of `I + N N^T` is
+    `I + N R diag((f - 1) / s^2) R^T N^T`, where `(f - 1) / s^2 = 1 / (f + 1)`; so no direction is too small.
+    """
 
     def __init__(self, V: Tensor, E: Tensor):
         """V is (d, k) and E (d,), none negative."""
@@ -220,9 +225,11 @@ class LowRankMetric:
         rounding = torch.finfo(E.dtype).eps * mean
         unseen = diagonal == 0  # which may have any scale, and keep a harmless one
         self._scale = torch.where(unseen, mean, torch.maximum(E, rounding)).sqrt()
-        self._P: Tensor
-        self._P, s, _ = torch.linalg.svd(V / self._scale[:, None], full_matrices=False)
-        self._root = (1 + s.square()).sqrt()
+        self._N = V / self._scale[:, None]
+        squares, R = torch.linalg.eigh(gram(self._N))
+        f = (1 + squares.clamp(min=0)).sqrt()
+        self._root = R / (f + 1) @ R.mT  # (k, k)
+        self._inverse = R / (-f * (f + 1)) @ R.mT
 
     def color(self, X: Tensor) -> Tensor:
         """`X L`  # (m, d) -> (m, d)"""
@@ -230,15 +237,15 @@ class LowRankMetric:
 
     def whiten(self, Y: Tensor) -> Tensor:
         """`Y L^-T`  # (m, d) -> (m, d)"""
-        return self._stretch(Y / self._scale, 1 / self._root)
+        return self._stretch(Y / self._scale, self._inverse)
 
     def uncolor(self, Z: Tensor) -> Tensor:
         """`Z L^-1`  # (m, d) -> (m, d)"""
-        return self._stretch(Z, 1 / self._root) / self._scale
+        return self._stretch(Z, self._inverse) / self._scale
 
-    def _stretch(self, X: Tensor, factors: Tensor) -> Tensor:
-        """`X (I + P (factors - 1) P^T)`"""
-        return X + (X @ self._P * (factors - 1)) @ self._P.mT
+    def _stretch(self, X: Tensor, G: Tensor) -> Tensor:
+        """`X (I + N G N^T)`"""
+        return X + (X @ self._N @ G) @ self._N.mT
 
 
 def _conditioned(C: Tensor, ridge: float, off_diagonal: float) -> Tensor:
@@ -257,9 +264,9 @@ def _answer(
     B: Sequence[Tensor], rows: Sequence[Tensor], metric: DenseMetric | LowRankMetric, rank: int | None
 ) -> tuple[Tensor, Tensor]:
     """`sum_t B_t rows_t S^-1` in the basis of the `B_t`, or the best of that rank."""
-    Q, R = torch.linalg.qr(torch.cat(list(B), dim=1).double())
+    Q, R = span(torch.cat(list(B), dim=1))
     answers = metric.whiten(R @ torch.cat(list(rows)))  # X L
     if rank is None:
-        return Q, metric.uncolor(answers)
-    P, s, Vh = torch.linalg.svd(answers, full_matrices=False)
-    return Q @ P[:, :rank], metric.uncolor(s[:rank, None] * Vh[:rank])
+        return Q.dense(), metric.uncolor(answers)
+    P, _ = leading_left(answers, min(rank, *answers.shape))
+    return Q @ P, metric.uncolor(P.mT @ answers)

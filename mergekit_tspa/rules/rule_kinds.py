@@ -19,7 +19,10 @@ class LinearRule(Protocol):
 
 
 class SpectralRule(Protocol):
-    """`room`, a keyword, is how many directions the result may have; by default the smaller side of `M`."""
+    """`room`, a keyword, is how many directions the result may have; by default the smaller side of `M`.
+
+    `triplets`, another, is the SVD of every `M_t`, where it is known.
+    """
 
     def __call__(self, M: Tensor, weights: Tensor, *args: Any, **own: Any) -> Tensor: ...
 

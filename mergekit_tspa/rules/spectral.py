@@ -3,30 +3,40 @@ CART.
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from mergekit_tspa.linalg import numerical_rank
+from mergekit_tspa.linalg import leading_left, numerical_rank
 from mergekit_tspa.rules.linear import weighted_sum
 
+Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]  # U (n, p, k), S (n, k), V^T (n, k, q)
 
-def directions(M: Tensor, room: int | None) -> int:
+
+def directions(S: Tensor, shape: Sequence[int], room: int | None) -> int:
     """How many singular directions the updates have: their summed numerical ranks, at most `room`.
 
     The same in every basis, which the sides of `M` are not: those of a small basis shrink where updates
     share directions.  `room` is what the tensor, or a space that compresses, can hold; by default the
     smaller side of `M`.
+
+    Args:
+        S: singular values of each update  # (n, k)
+        shape: of `M`  # n, p, q
     """
-    ranks = numerical_rank(torch.linalg.svdvals(M), M.shape).sum()
-    return max(1, min(int(ranks), min(M.shape[1:]) if room is None else room))
+    ranks = numerical_rank(S, tuple(shape)).sum()
+    return max(1, min(int(ranks), min(shape[1:]) if room is None else room))
 
 
 def polar(M: Tensor) -> Tensor:
-    """The partial isometry `P Q^T` of `M = P S Q^T` over its numerical range."""
-    P, S, Qh = torch.linalg.svd(M, full_matrices=False)
+    """The partial isometry `P Q^T` of `M = P S Q^T` over its numerical range; `M Q S^-1 Q^T`."""
+    if M.shape[0] < M.shape[1]:
+        return polar(M.mT).mT
+    Q, S = leading_left(M.mT)
     k = int(numerical_rank(S, M.shape))
-    isometry: Tensor = P[:, :k] @ Qh[:k]
+    isometry: Tensor = M @ ((Q[:, :k] / S[:k]) @ Q[:, :k].mT)
     return isometry
 
 
@@ -36,6 +46,7 @@ def tsv(
     rank_per_task: int | None = None,
     orthogonalize: bool = True,
     room: int | None = None,
+    triplets: Triplets | None = None,
 ) -> Tensor:
     """Task Singular Vectors: the leading triplets of every task, their vectors made orthogonal across tasks.
 
@@ -53,12 +64,13 @@ def tsv(
         rank_per_task: `k`, by default an equal share of the `directions`
         orthogonalize: without it the plain sum of the cut tasks
         room: see `directions`
+        triplets: the SVD of every `M_t`, if it is known
 
     Returns:
         (p, q)
     """
-    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    k = rank_per_task or max(1, directions(M, room) // len(M))
+    U, S, Vh = triplets or torch.linalg.svd(M, full_matrices=False)
+    k = rank_per_task or max(1, directions(S, M.shape, room) // len(M))
     kept = numerical_rank(S, M.shape).clamp(max=k).tolist()
     if not sum(kept):
         return torch.zeros_like(M[0])
@@ -70,7 +82,13 @@ def tsv(
     return (left * middle) @ right.mT
 
 
-def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | None = None) -> Tensor:
+def iso(
+    M: Tensor,
+    weights: Tensor,
+    common_fraction: float = 1.0,
+    room: int | None = None,
+    triplets: Triplets | None = None,
+) -> Tensor:
     """Isotropic merging: the weighted sum with all its singular values replaced by their mean (Iso-C).
 
     The mean goes over the numerical rank.  With `common_fraction` below 1 that share of the directions
@@ -83,6 +101,7 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | No
         weights: (n,)
         common_fraction: share of the `directions` that is taken from the sum
         room: see `directions`
+        triplets: the SVD of every `M_t`, if it is known
 
     Returns:
         (p, q)
@@ -91,7 +110,7 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | No
     P = weights.reshape(-1, 1, 1) * M
     U, S, Vh = torch.linalg.svd(P.sum(0), full_matrices=False)
     rank = int(numerical_rank(S, M.shape))
-    size = directions(M, room)
+    size = directions(triplets[1] if triplets else torch.linalg.svdvals(M), M.shape, room)
     own = min(round((size - int(size * common_fraction)) / n), size // n)  # directions of each task
     common = min(rank, size - own * n)
     U, S, Vh = U[:, :common], S[:common], Vh[:common]
@@ -108,7 +127,12 @@ def iso(M: Tensor, weights: Tensor, common_fraction: float = 1.0, room: int | No
 
 
 def cart(
-    M: Tensor, weights: Tensor, share: float = 0.04, inner: float = 0.1, room: int | None = None
+    M: Tensor,
+    weights: Tensor,
+    share: float = 0.04,
+    inner: float = 0.1,
+    room: int | None = None,
+    triplets: Triplets | None = None,
 ) -> Tensor:
     """The mean and, cut to their leading directions, the tasks' distances from it.
 
@@ -122,12 +146,14 @@ def cart(
         share: share of the `directions` that each distance keeps
         inner: `c`
         room: see `directions`
+        triplets: the SVD of every `M_t`, if it is known
 
     Returns:
         (p, q)
     """
     mu = weighted_sum(M, weights) / weights.abs().sum()
     U, S, Vh = torch.linalg.svd(M - mu, full_matrices=False)
-    j = math.ceil(share * directions(M, room))
+    values = triplets[1] if triplets else torch.linalg.svdvals(M)
+    j = math.ceil(share * directions(values, M.shape, room))
     cut: Tensor = (U[..., :j] * S[:, None, :j]) @ Vh[:, :j]  # (n, p, q)
     return mu + inner * cut.sum(0)

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_tspa.updates import LoraFactors
+from mergekit_tspa.updates import LoraFactors, Spanned
 
 
 class Part(NamedTuple):
@@ -32,7 +32,7 @@ class Coordinates(Protocol):
     def parts(self, factors: Sequence[LoraFactors], weights: Sequence[float]) -> list[Part]:
         """The updates in these coordinates."""
 
-    def joined(self, merged: Sequence[Tensor]) -> LoraFactors | Tensor:
+    def joined(self, merged: Sequence[Tensor]) -> LoraFactors | Spanned | Tensor:
         """The update whose parts are these; as a matrix where it has no factors."""
 
     def sides(self) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.linalg import numerical_rank, product_svd
+from mergekit_tspa.linalg import leading_left, numerical_rank, product_svd
 from mergekit_tspa.spaces.basis import Basis
 from mergekit_tspa.spaces.cores import cores
 from mergekit_tspa.updates import LoraFactors
@@ -20,7 +20,7 @@ def core(factors: Sequence[LoraFactors], balance: bool = False) -> Basis:
     Panariello et al., Accurate and Efficient Low-Rank Model Merging in Core Space, 2025 (arXiv 2509.17786).
     """
     c = cores([balanced(f) for f in factors] if balance else factors)
-    return Basis(c.Q_B @ _left(torch.cat([*c.R_B], dim=1)), c.Q_A @ _left(torch.cat([*c.R_A], dim=1)))
+    return c._replace(of=factors).along(_left(torch.cat([*c.R_B], dim=1)), _left(torch.cat([*c.R_A], dim=1)))
 
 
 def balanced(f: LoraFactors) -> LoraFactors:
@@ -32,6 +32,5 @@ def balanced(f: LoraFactors) -> LoraFactors:
 
 def _left(R: Tensor) -> Tensor:
     """Left singular vectors of the numerical range."""
-    P, S, _ = torch.linalg.svd(R, full_matrices=False)
-    leading: Tensor = P[:, : max(1, int(numerical_rank(S, R.shape)))]
-    return leading
+    P, S = leading_left(R)
+    return P[:, : max(1, int(numerical_rank(S, R.shape)))]

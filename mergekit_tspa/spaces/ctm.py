@@ -5,9 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_tspa.linalg import leading_left
 from mergekit_tspa.spaces.basis import Basis
 from mergekit_tspa.spaces.cores import cores
+from mergekit_tspa.spaces.factor import encode
 from mergekit_tspa.updates import LoraFactors
+
+_SMALL = 256  # a side whose eigenvectors cost little
 
 
 def ctm(factors: Sequence[LoraFactors], rank: int, beta: float = 0.0) -> Basis:
@@ -20,47 +24,72 @@ def ctm(factors: Sequence[LoraFactors], rank: int, beta: float = 0.0) -> Basis:
     He et al., Compress then Merge, 2026 (arXiv 2606.03723).
     """
     c = cores(factors)
-    C = c.C
-    norms = torch.linalg.matrix_norm(C, keepdim=True)  # (n, 1, 1)
-    unit = C / norms.clamp(min=torch.finfo(C.dtype).tiny)
-    P, Q = shared_subspaces(unit * (beta * norms + (1 - beta) * norms.mean()), rank)
-    return Basis(c.Q_B @ P, c.Q_A @ Q)
+    norms = torch.stack([f.norm() for f in c.factors])  # (n,)
+    sizes = beta * norms + (1 - beta) * norms.mean()
+    roots = (sizes / norms.clamp(min=torch.finfo(norms.dtype).tiny)).sqrt()
+    B, A = encode([LoraFactors(root * f.B, root * f.A) for root, f in zip(roots, c.factors)])
+    return c.along(*shared_subspaces(B, A, rank))
 
 
 def shared_subspaces(
-    X: Tensor,
+    B: Tensor,
+    A: Tensor,
     rank: int,
     tolerance: float = 1e-6,
     iterations: int = 1000,
 ) -> tuple[Tensor, Tensor]:
-    """HOOI for Tucker-2: `P = top_k([X_1 Q|..|X_n Q])`, `Q = top_k([X_1^T P|..|X_n^T P])` in turn.
+    """HOOI for Tucker-2 of `X_t = B_t A_t`.
 
-    Starts at the truncated HOSVD and stops when the relative error changes by less than `tolerance`.  The
-    largest entry of every column is positive.
+    `P = top_k([X_1 Q|..|X_n Q])` and `Q = top_k([X_1^T P|..|X_n^T P])` in turn, from the truncated HOSVD,
+    until the relative error changes by less than `tolerance`.  The largest entry of every column is positive.
 
     Args:
-        X: (n, p, q)
+        B: (n, p, r)
+        A: (n, r, q)
 
     Returns:
         P (p, k) and Q (q, k), each k at most its own side.
     """
-    total = X.square().sum().clamp(min=torch.finfo(X.dtype).tiny)
-    P, Q = _top(X, rank), _top(X.mT, rank)
+    N = A.mT  # (n, q, r)
+    total = ((B.mT @ B) * (N.mT @ N)).sum().clamp(min=torch.finfo(B.dtype).tiny)
+    P = _top(_beside(B @ torch.linalg.qr(N).R.mT), rank)
+    Q = _top(_beside(N @ torch.linalg.qr(B).R.mT), rank)
     before = float("inf")
     for step in range(iterations):
-        P = _top(X @ Q, rank)
-        Q = _top(X.mT @ P, rank)
-        error = ((total - (P.mT @ X @ Q).square().sum()).abs() / total).sqrt().item()
+        P = _improved(P, _beside(B @ (N.mT @ Q)))
+        Q = _improved(Q, _beside(N @ (B.mT @ P)))
+        kept = ((P.mT @ B) @ (N.mT @ Q)).square().sum()
+        error = ((total - kept).abs() / total).sqrt().item()
         if step >= 2 and abs(before - error) < tolerance:
             break
         before = error
-    return P, Q
+    return _positive(P), _positive(Q)
 
 
-def _top(X: Tensor, k: int) -> Tensor:
-    """Leading left singular vectors of `[X_1|..|X_n]`, from its Gram matrix.  # (n, p, q) -> (p, k)"""
-    _, U = torch.linalg.eigh((X @ X.mT).sum(0))
-    U = U[:, -k:].flip(1)
-    largest = U.gather(0, U.abs().argmax(0, keepdim=True))
-    turned: Tensor = U * largest.sign()
-    return turned
+def _beside(Y: Tensor) -> Tensor:
+    """`[Y_1|..|Y_n]`.  # (n, p, k) -> (p, n k)"""
+    return Y.movedim(0, 1).flatten(1)
+
+
+def _top(Y: Tensor, k: int) -> Tensor:
+    """The leading left singular vectors.  # (p, m) -> (p, k)"""
+    return leading_left(Y, min(k, len(Y)))[0]
+
+
+def _improved(P: Tensor, Y: Tensor) -> Tensor:
+    """`top_k(Y)`, or if that is much work, its best approximation within the span of `[P | Y Y^T P]`.
+
+    Y changes little from step to step, so that is close to `top_k(Y)` soon, for a fraction of the work.
+    """
+    p, k = P.shape
+    if p <= max(_SMALL, 2 * k):
+        return _top(Y, k)
+    S = torch.linalg.qr(torch.cat([P, Y @ (Y.mT @ P)], dim=1)).Q  # (p, 2k)
+    improved: Tensor = S @ _top(S.mT @ Y, k)
+    return improved
+
+
+def _positive(P: Tensor) -> Tensor:
+    """The columns with such signs that the largest entry of each is positive."""
+    signed: Tensor = P * P.gather(0, P.abs().argmax(0, keepdim=True)).sign()
+    return signed

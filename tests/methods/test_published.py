@@ -9,10 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mergekit_tspa import METHODS, LoraFactors, merge_adapters
+from mergekit_tspa.linalg import Span
 from mergekit_tspa.rules.dare import dare_linear, dare_ties
 from mergekit_tspa.rules.linear import weighted_sum
 from mergekit_tspa.rules.spectral import iso, tsv
-from mergekit_tspa.spaces.basis import FULL
+from mergekit_tspa.spaces.basis import FULL, Basis
 from mergekit_tspa.spaces.core import core
 from mergekit_tspa.spaces.knots import knots
 from tests.conftest import FIXTURES, ROOT, relative_error
@@ -177,8 +178,9 @@ def test_knots_dare_ties_with_the_published_draws(case):
         kept = torch.stack([outputs[f"aux.{layer}.keep{t}"] for t in range(4)])
         basis = knots(factors(case, layer))
         # Draws belong to rows of the published basis, whose order and signs ours shares up to rounding.
-        signs = (basis.U.float() * outputs[f"out.{layer}.U"]).sum(0).sign()
-        basis = basis._replace(U=basis.U * signs)
+        U = basis.U.dense()
+        signs = (U.float() * outputs[f"out.{layer}.U"]).sum(0).sign()
+        basis = Basis(Span(U * signs), None)
         M = torch.stack([f.dense() for f in basis.encode(factors(case, layer))]).float()
         merged = 0.7 * dare_ties(M, torch.ones(4), 0.9, uniform=(~kept).float())
         assert relative_error(basis.decode(merged).dense(), outputs[f"out.{layer}.delta"]) < WITH_SVD
@@ -189,7 +191,7 @@ def test_core_coordinates(case):
     outputs, _ = published(f"corerepo_core_ta.{case}")
     for layer in LAYERS:
         basis = core(factors(case, layer, torch.float64))
-        for side, key in ((basis.U, "U_B"), (basis.V, "Vh_A")):
+        for side, key in ((basis.U.dense(), "U_B"), (basis.V.dense(), "Vh_A")):
             want = outputs[f"out.{layer}.{key}"]
             want = want if key == "U_B" else want.mT
             torch.testing.assert_close(

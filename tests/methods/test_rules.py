@@ -65,7 +65,7 @@ def test_called_with_its_defaults_alone(rule):
 
 @by_name(RULES)
 def test_parameters_of_a_recipe_are_those_of_the_function(rule):
-    given = {"M", "weights", "statistics", "uniform", "room"}
+    given = {"M", "weights", "statistics", "uniform", "room", "triplets"}
     signature = inspect.signature(rule.kind.merge).parameters.values()
     assert {p.name: p.default for p in signature if p.name not in given} == defaults(rule)
     assert inspect.getdoc(rule.kind.merge)

@@ -478,7 +478,7 @@ def test_adapters_in_general_position_have_no_zeros_to_count():
     basis = core(factors)
     M = torch.stack([f.dense() for f in basis.encode(factors)]).float()
     merged = magnitude_prune(M, torch.ones(3), 0.3)
-    assert torch.equal(
-        dense("core_magnitude_prune", adapters, density=0.3).float(),
-        basis.decode(merged).to(torch.float32).dense(),
+    assert (
+        relative_error(dense("core_magnitude_prune", adapters, density=0.3), basis.decode(merged).dense())
+        < 1e-6
     )
