@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as run_yaml
 from safetensors.torch import load_file, save_file
 
-from mergekit_tspa import InputError, merge_adapters, read_adapter
+from mergekit_tspa import InputError, merge_adapters
 from mergekit_tspa.commands.merge_adapter import main as run_adapter
 from mergekit_tspa.plugin.output import held
 from tests.conftest import load_model, merge, recipe, write_recipe
@@ -104,17 +104,6 @@ def test_a_merge_that_fails_leaves_no_config_of_an_earlier_one(llama, adapters, 
     monkeypatch.setattr(TensorWriter, "_write_shard_task", full)
     refused(merge(config, tmp_path / "out"), "No space left on device", "not complete")
     assert not (tmp_path / "out/config.json").exists()
-
-
-def test_adapter_file_that_is_cut_or_overwritten_after_reading(adapters, tmp_path):
-    """What was read stays as it was; a mapped file would end the process."""
-    path = shutil.copytree(adapters[0], tmp_path / "a")
-    adapter, file = read_adapter(path), path / "adapter_model.safetensors"
-    before = {name: adapter.factors(name).dense() for name in adapter.modules}
-    with file.open("r+b") as opened:
-        opened.write(b"\xff" * file.stat().st_size)
-    os.truncate(file, 8)
-    assert all(torch.equal(adapter.factors(name).dense(), dense) for name, dense in before.items())
 
 
 def test_merged_tensor_beyond_the_dtype(llama, adapters, tmp_path):
