@@ -14,7 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = {"errors", "linalg", "updates"}
 ALLOWED = {  # room -> rooms of this package it may import
     "base": {"base", *CORE},
-    "adapters": {"adapters", "base", *CORE},
+    "symmetry": {"symmetry", "alignment", "base", *CORE},
+    "adapters": {"adapters", "symmetry", "base", *CORE},
     "alignment": {"alignment", "errors"},
     "spaces": {"spaces", *CORE},
     "rules": {"rules", "errors", "linalg"},
