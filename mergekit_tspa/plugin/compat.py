@@ -228,7 +228,7 @@ TAKEN = (
     Needed("mergekit.io.tasks", "LoaderCache.setup", "options"),
     Needed("mergekit.io.tasks", "TensorWriterTask", "out_path max_shard_size override_basename"),
     Needed("mergekit.io.tensor_writer", "TensorWriter", "out_path", "__enter__ __exit__ finalize out_path"),
-    Needed("mergekit.io.tensor_writer", "TensorWriter.save_tensor", "name tensor"),
+    Needed("mergekit.io.tensor_writer", "TensorWriter.save_tensor", "name tensor clone"),
     Needed("mergekit.merge_methods.base", "BasePolicy", has="REQUIRED"),
     Needed("mergekit.merge_methods.base", "GroupMergeMethod"),
     Needed("mergekit.merge_methods.base", "GroupMergeMethod.merge_group", "group parameters", exact=True),

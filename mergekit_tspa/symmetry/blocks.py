@@ -23,10 +23,11 @@ from mergekit_tspa.base.architectures import (
 )
 from mergekit_tspa.base.geometry import AttentionGeometry, attention_blocks, in_attention
 from mergekit_tspa.base.tensors import ModelTensors
-from mergekit_tspa.errors import InputError
+from mergekit_tspa.errors import InputError, did_you_mean
 
 Kind: TypeAlias = Literal["permutation", "rotation", "scale"]
 KINDS: tuple[Kind, ...] = ("permutation", "rotation", "scale")
+DEFAULT_KINDS = KINDS[:2]  # as the authors of rotation matching, who leave scales out
 
 _ROLE_OF = {name: role for role, names in MLP_ROLES.items() for name in names}
 _NAMES = "|".join(map(re.escape, sorted(_ROLE_OF, key=len, reverse=True)))
@@ -37,6 +38,22 @@ _HARMLESS = re.compile(
     rf"output\.LayerNorm\.(weight|bias)|rotary_emb\.inv_freq|(masked_)?bias|.*{POSITION_BIAS}.*"
 )
 _HEAD_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?norm\.(weight|bias)")
+
+
+def kinds_of(text: str) -> tuple[Kind, ...]:
+    """The symmetries of `permutation, rotation`, or of `all`.
+
+    Raises:
+        InputError: one of the names is no symmetry.
+    """
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    for name in named:
+        if name not in KINDS and named != ["all"]:
+            raise InputError(
+                f"align: {name!r} is no symmetry; give some of {', '.join(KINDS)}, or all"
+                f"{did_you_mean(name, KINDS)}"
+            )
+    return KINDS if named == ["all"] else tuple(kind for kind in KINDS if kind in named)
 
 
 class Slot(NamedTuple):

@@ -1,0 +1,82 @@
+"""Write a whole model aligned to another one as a checkpoint for any other tool."""
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from mergekit_tspa.adapters import check_architecture
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import ModelTensors
+from mergekit_tspa.errors import InputError, reason_of
+from mergekit_tspa.methods.inputs import Progress
+from mergekit_tspa.plugin.compat import ModelReference, TensorWriter
+from mergekit_tspa.plugin.output import replaced
+from mergekit_tspa.symmetry.align import AlignedModel
+from mergekit_tspa.symmetry.blocks import Kind
+
+_WEIGHTS = (".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+def open_aligned(
+    model: str, anchor: str, kinds: Collection[Kind], device: torch.device | str | None
+) -> AlignedModel:
+    """A model as it is once aligned; so far headers are read only.
+
+    Args:
+        model: a directory or a repository of the hub
+        anchor: another one of the same architecture
+
+    Raises:
+        InputError: there is no such model, or the two cannot be aligned.
+    """
+    here, there = (ModelTensors.of(name, Checkpoint(_directory(name))) for name in (model, anchor))
+    check_architecture(model, here.config, anchor, there.config)
+    return AlignedModel(here, there, kinds, device)
+
+
+@torch.no_grad()
+def write_aligned(model: AlignedModel, out: Path, progress: Progress) -> None:
+    """Write an aligned model, tensor by tensor; the directory appears when it is whole.
+
+    Configuration and tokenizer are copied from the model, and so is the dtype of each tensor.
+
+    Raises:
+        InputError: `out` is there already, or cannot be written.
+    """
+    check_out(out)
+    source = _directory(model.name)
+    with replaced(out) as partial, TensorWriter(str(partial)) as writer:
+        for file in source.iterdir():
+            if file.is_file() and not file.name.endswith(_WEIGHTS):
+                shutil.copy(file, partial / file.name)
+        for done, name in enumerate(model.shapes):
+            progress("aligning", done / len(model.shapes))
+            assert model.read is not None
+            writer.save_tensor(name, model.read(name), clone=True)
+
+
+def check_out(out: Path) -> None:
+    """
+    Raises:
+        InputError: there is something of that name.
+    """
+    if os.path.lexists(out):
+        raise InputError(f"{out}: is there already; name another directory with --out")
+
+
+def _directory(name: str) -> Path:
+    """
+    Raises:
+        InputError: there is no model of that name.
+    """
+    if os.path.isdir(os.path.expanduser(name)):
+        return Path(name).expanduser()
+    try:
+        return Path(ModelReference.parse(name).local_path())
+    except Exception as error:  # not there, not reachable, no name of a repository
+        raise InputError(
+            f"{name}: neither a directory nor a model of the hub that can be reached ({reason_of(error)})"
+        ) from error
