@@ -54,8 +54,7 @@ def write_aligned(model: AlignedModel, out: Path, progress: Progress) -> None:
                 shutil.copy(file, partial / file.name)
         for done, name in enumerate(model.shapes):
             progress("aligning", done / len(model.shapes))
-            assert model.read is not None
-            writer.save_tensor(name, model.read(name), clone=True)
+            writer.save_tensor(name, model.whole(name), clone=True)
 
 
 def check_out(out: Path) -> None:

@@ -163,7 +163,7 @@ class AlignedModel(ModelTensors):
         kinds: Collection[Kind],
         device: torch.device | str | None = None,
     ):
-        super().__init__(model.name, model.shapes, model.config, self._read, model.quantised)
+        super().__init__(model.name, model.shapes, model.config, self.whole, model.quantised)
         self.model, self.anchor, self.kinds, self.device = model, anchor, frozenset(kinds), device
         blocks, notes = blocks_of(anchor)
         self.blocks = [block for block in blocks if block.geometry or "permutation" in kinds]
@@ -179,7 +179,8 @@ class AlignedModel(ModelTensors):
         W = self.model.part(tensor)
         return self.turned(tensor, W) if tensor in self._block_of else W
 
-    def _read(self, tensor: str) -> Tensor:
+    def whole(self, tensor: str) -> Tensor:
+        """The aligned values of a tensor, in its own dtype."""
         if tensor not in self._experts:
             return self.part(tensor)
         W = self.model.part(tensor).clone()

@@ -53,6 +53,6 @@ def summary(model: AlignedModel) -> str:
     ]
     return (
         f"{model.name}: {len(moved)} of {len(found)} blocks were turned towards {model.anchor.name}, where "
-        f"{' and '.join(shares)} were in their places; ||W - W_0|| / ||W_0|| of these blocks is "
-        f"{whole.after:.3f} after {whole.before:.3f}"
+        f"{' and '.join(shares)} were in their places; ||W - W_0|| / ||W_0|| of these blocks went from "
+        f"{whole.before:.3f} to {whole.after:.3f}"
     )
