@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from mergekit_tspa import InputError, merge_adapters
+from mergekit_tspa.commands.main import main
 from tests.conftest import (
     load_model,
     merge,
@@ -14,6 +16,7 @@ from tests.conftest import (
     relative_error,
     save_adapter,
     save_llama,
+    write_recipe,
 )
 from tests.plugin.test_architectures import ARCHITECTURES, outputs, save_model
 from tests.symmetry.planted import plant, tensors_of
@@ -154,3 +157,22 @@ def test_recipes_that_cannot_be(llama, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="is no symmetry"):
         merge_adapters("lora_ties", [moved], base=base, align="turned")
+
+
+def test_inspect_says_how_far_models_were(llama, tmp_path):
+    base, tuned, moved, _ = llama
+    inspect = lambda *arguments: CliRunner().invoke(main, ["inspect", *map(str, arguments)])  # noqa: E731
+    file = write_recipe(tmp_path / "recipe.yml", recipe(base, [moved, tuned], align="all"))
+    result = inspect(file, "--out", tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    assert re.search("moved: 4 of 4 blocks were turned towards", result.output)
+    assert re.search("tuned: alignment had nothing to do", result.output)
+    page = (tmp_path / "report/inspect.html").read_text()
+    assert "after alignment" in page and page.count("model.layers.1</t") >= 4
+    result = inspect(moved, "--base", base, "--align", "all", "--out", tmp_path / "one")
+    assert "4 of 4 blocks were turned" in result.output
+    assert inspect(moved, "--base", base, "--out", tmp_path / "one").exit_code == 0
+    assert "after alignment" not in (tmp_path / "one/inspect.html").read_text()
+    for arguments in ((file, "--align", "all"), (moved, "--base", base, "--align", "turns")):
+        result = inspect(*arguments, "--out", tmp_path / "none")
+        assert result.exit_code == 1 and "align" in result.output and not (tmp_path / "none").exists()
