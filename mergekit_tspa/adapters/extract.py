@@ -165,6 +165,8 @@ def check_architecture(
 
 def log_alignment(model: AlignedModel) -> None:
     """Log one line on how far a model was from being aligned, and one on each kind of block left alone."""
+    if not model.known:  # nothing of it was merged
+        return
     LOG.warning("%s", summary(model))
     for note in model.notes:
         LOG.warning("%s: %s", model.name, note)

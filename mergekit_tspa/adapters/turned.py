@@ -65,4 +65,5 @@ def turn_adapter(adapter: Adapter, tensors: Mapping[str, str], model: AlignedMod
     modules = {
         module: TurnedModule(adapter.modules[module], tensor, model) for tensor, module in tensors.items()
     }
-    return replace(adapter, modules=modules, aligned=model)  # type: ignore[arg-type]  # of the same use
+    # It names the base that it was trained on, which is another one than that of the merge.
+    return replace(adapter, base=None, modules=modules, aligned=model)  # type: ignore[arg-type]  # of the same use

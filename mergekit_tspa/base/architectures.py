@@ -109,8 +109,8 @@ _USUAL = Architecture("")
 # type by its names alone is enough for its MLPs, and not for its attention: position embeddings have no
 # tensors.
 SYMMETRIES_TESTED = frozenset(
-    "bert gemma gemma2 gemma3 gemma3_text gpt2 gpt_neox llama mistral mixtral phi3 qwen2 qwen3 qwen3_moe "
-    "roberta siglip_vision_model t5".split()
+    "bert cohere gemma gemma2 gemma3 gemma3_text glm gpt2 gpt_neox granite llama mistral mixtral olmo2 phi "
+    "phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta siglip_vision_model smollm3 stablelm starcoder2 t5".split()
 )
 
 

@@ -76,7 +76,7 @@ def _refuse_unreadable(recipe: Any, error: Exception) -> None:
     name = recipe.get("merge_method") if isinstance(recipe, dict) else None
     if isinstance(error, ClickException) or get_current_context(silent=True) is None:
         return
-    if isinstance(name, str) and name in METHODS:
+    if isinstance(name, str) and name in (*METHODS, "aligned_mean"):
         from mergekit_tspa.plugin.recipe_file import faults_of
 
         raise PrintedRecipe(faults_of(error)) from error
@@ -134,7 +134,7 @@ def _refuse_misspelt(name: str) -> None:
     Raises:
         InputError: a method that mergekit does not know and whose name is nearly one of ours.
     """
-    near = nearest(name, METHODS, cutoff=0.8)
+    near = nearest(name, [*METHODS, "aligned_mean"], cutoff=0.8)
     if near and _registered and name not in {method.spec.name for method in compat.registered_methods()}:
         raise InputError(f"there is no merge_method {name!r}; do you mean {near[0]}?")
 

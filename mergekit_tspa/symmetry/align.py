@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_tspa.alignment.procrustes import best_scale
 from mergekit_tspa.base.architectures import COMPUTED
+from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.symmetry.blocks import Block, Kind, blocks_of
@@ -236,7 +237,8 @@ class AlignedModel(ModelTensors):
         p = maps["o" if block.geometry else "down"].p
         matched = (p == torch.arange(len(p))).double().mean().item()
         size = sum(rows.square().sum().item() for rows in X_0.values())
-        if after >= before:  # a permutation that was found on products of heads, but brings them no nearer
+        # Heads are compared by their products, so other places need not bring the tensors nearer.
+        if after >= before or all(map.still for map in maps.values()):
             return Aligned({}, 1.0, before, before, size)
         return Aligned(maps, matched, before, after, size)
 
@@ -247,10 +249,8 @@ class AlignedModel(ModelTensors):
         for tensor, W in parts.items():
             if not torch.isfinite(W).all():
                 raise InputError(f"{side.name}: {tensor} contains NaN or Inf; save the model again")
-        return {
-            role: torch.cat([slot.of(parts[slot.tensor]) for slot in slots], 1)
-            for role, slots in block.slots.items()
-        }
+        rows = {role: [slot.of(parts[slot.tensor]) for slot in slots] for role, slots in block.slots.items()}
+        return {role: torch.cat(columns, 1) if columns[1:] else columns[0] for role, columns in rows.items()}
 
 
 def _check(model: ModelTensors, anchor: ModelTensors, blocks: Collection[Block]) -> None:
@@ -266,8 +266,8 @@ def _check(model: ModelTensors, anchor: ModelTensors, blocks: Collection[Block])
             )
     if not blocks:
         raise InputError(f"{anchor.name}: it has no MLPs or heads that are known to have such symmetries")
-    here, there = ({t for t in side.shapes if re.search(r"\.\d+\.", t)} for side in (model, anchor))
-    for owner, other, missing in ((anchor, model, there - here), (model, anchor, here - there)):
+    named, wanted = ({t for t in side.shapes if re.search(r"\.\d+\.", t)} for side in (model, anchor))
+    for owner, other, missing in ((anchor, model, wanted - named), (model, anchor, named - wanted)):
         if missing := {t for t in missing if not COMPUTED.search(t)}:
             raise InputError(
                 f"{model.name}: {len(missing)} tensors in layers of {owner.name} are not in {other.name}, "
@@ -279,4 +279,14 @@ def _check(model: ModelTensors, anchor: ModelTensors, blocks: Collection[Block])
             raise InputError(
                 f"{model.name}: {tensor} has shape {model.shapes[tensor]}, but {anchor.shapes[tensor]} in "
                 f"{anchor.name}; only models of the same widths can be aligned"
+            )
+    for block in blocks:
+        if block.geometry is None:
+            continue
+        here, there = AttentionGeometry.from_config(model.config, block.name), block.geometry
+        if here != there:
+            heads, others = (f"{g.n_heads} heads in {g.n_kv_heads} groups" for g in (here, there))
+            raise InputError(
+                f"{model.name}: {block.name} has {heads}, but {others} in {anchor.name}; only models of the "
+                "same heads can be aligned"
             )

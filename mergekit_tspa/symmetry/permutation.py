@@ -53,8 +53,10 @@ def weight_matching(
     while gained:
         gained = False
         for P, n in sizes.items():
-            S = sum(_products(model[W], anchor[W], of, P, found) for W, of in axes.items() if P in of)
-            assert isinstance(S, Tensor)
+            S = next(iter(model.values())).new_zeros(n, n)
+            for W, of in axes.items():
+                if P in of:
+                    S.addmm_(_rows(anchor[W], of, P, {}), _rows(model[W], of, P, found).T)
             better, rows = assign(S), torch.arange(n)
             new, old = (S[rows, p].double() for p in (better, found[P]))
             if (new - old).sum() > 4 * torch.finfo(S.dtype).eps * new.abs().sum():
@@ -62,16 +64,13 @@ def weight_matching(
     return found
 
 
-def _products(
-    W: Tensor, W_0: Tensor, of: Sequence[str | None], P: str, found: Mapping[str, Tensor]
-) -> Tensor:
-    """`<unit i of the anchor, unit j of the model>`, all other permutations applied  # (n, n)"""
+def _rows(W: Tensor, of: Sequence[str | None], P: str, found: Mapping[str, Tensor]) -> Tensor:
+    """The rows of the units that P permutes, the other permutations applied  # (n, m)"""
     for i, Q in enumerate(of):
-        if Q and Q != P:
+        if Q is not None and Q in found and Q != P:
             W = W.index_select(i, found[Q].to(W.device))
     i = of.index(P)
-    X, X_0 = (A.movedim(i, 0).reshape(A.shape[i], -1) for A in (W, W_0))
-    return X_0 @ X.T
+    return W.movedim(i, 0).reshape(W.shape[i], -1)
 
 
 def match_heads(S: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
