@@ -20,8 +20,27 @@ class TurnedModule:
     tensor: str
     model: AlignedModel
 
-    magnitude = base_part = None
-    transposed = embedding = convolution = False  # factors are turned as the tensor is stored
+    magnitude = base_part = None  # what was taken out of the base is taken out of the factors
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the file."""
+        return self.of.B.dtype
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the base stores the tensor `(d_in, d_out)`."""
+        return self.of.transposed
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it updates an embedding."""
+        return self.of.embedding
+
+    @property
+    def convolution(self) -> bool:
+        """Whether it updates a convolution."""
+        return self.of.convolution
 
     @property
     def rank(self) -> int:
@@ -52,7 +71,7 @@ def turn_adapter(adapter: Adapter, tensors: Mapping[str, str], model: AlignedMod
     """
     turned = {tensor for block in model.blocks for tensor in block.tensors}
     for tensor, module in tensors.items():
-        if adapter.modules[module].magnitude is not None and tensor in turned:
+        if adapter.modules[module].magnitude is not None:
             raise InputError(
                 f"{adapter.name}: the DoRA magnitudes of {tensor} belong to the rows of {model.name}, and "
                 "cannot turn with it; merge the adapter into that model first"

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mergekit_tspa.commands.command import Command, NamedPath
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.arguments import usable
-from mergekit_tspa.plugin.align_checkpoint import check_out, open_aligned, write_aligned
+from mergekit_tspa.plugin.align_checkpoint import check_out, open_aligned, open_turned, write_aligned
 from mergekit_tspa.progress import Bar
 from mergekit_tspa.symmetry.align import AlignedModel
 from mergekit_tspa.symmetry.alignment_report import by_layer, summary
@@ -26,10 +27,25 @@ from mergekit_tspa.symmetry.blocks import DEFAULT_KINDS, kinds_of
     help="Which symmetries to use: permutation, rotation, scale, or all.",
 )
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="ADAPTER",
+    help="An adapter of MODEL, which turns with it and is written to OUT/adapters; may be repeated.",
+)
+@click.option(
     "--device", default="cpu", show_default=True, help="Where permutations and rotations are found."
 )
 @click.option("--quiet", is_flag=True, help="No progress bar and no report.")
-def main(model: str, anchor: str, out: Path | None, by: str, device: str, quiet: bool) -> None:
+def main(
+    model: str,
+    anchor: str,
+    out: Path | None,
+    by: str,
+    adapters: tuple[str, ...],
+    device: str,
+    quiet: bool,
+) -> None:
     """Align a whole MODEL to another one: hidden units and heads in the same places, turned the same way.
 
     The aligned model computes the same function, so it takes the place of MODEL in any tool.
@@ -37,10 +53,13 @@ def main(model: str, anchor: str, out: Path | None, by: str, device: str, quiet:
     usable(device)
     if out is not None:
         check_out(out)
+    elif adapters:
+        raise InputError("--adapter: it is written beside the model; name a directory with --out")
     aligned = open_aligned(model, anchor, kinds_of(by), device)
+    turned = [open_turned(adapter, aligned) for adapter in adapters]
     with Bar(quiet) as bar:
         if out is not None:
-            write_aligned(aligned, out, bar.update)
+            write_aligned(aligned, out, bar.update, turned)
         for done, _ in enumerate(aligned.all_aligned()):
             bar.update("aligning", (done + 1) / len(aligned.blocks))
     if not quiet:

@@ -2,15 +2,23 @@
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
-from mergekit_tspa.adapters import check_architecture
+from mergekit_tspa.adapters import (
+    Adapter,
+    check_architecture,
+    locate_adapter,
+    read_adapter,
+    turn_adapter,
+)
+from mergekit_tspa.adapters.write import write_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError, reason_of
+from mergekit_tspa.merging.servable import task_type_of
 from mergekit_tspa.methods.inputs import Progress
 from mergekit_tspa.plugin.compat import ModelReference, TensorWriter
 from mergekit_tspa.plugin.output import replaced
@@ -37,16 +45,43 @@ def open_aligned(
     return AlignedModel(here, there, kinds, device)
 
 
+def open_turned(path: str, model: AlignedModel) -> Adapter:
+    """An adapter of the model as it is once that model is aligned.
+
+    Raises:
+        InputError: it cannot be read, does not fit the model, or is more than updates of single tensors.
+    """
+    adapter, tensors = read_adapter(locate_adapter(path), path).fit(model.model)
+    turned = turn_adapter(adapter, tensors, model)
+    others = [name for name, module in turned.modules.items() if name.endswith("]") or module.convolution]
+    if others := [*adapter.changes, *others]:
+        raise InputError(
+            f"{path}: what it does to {others[0]} is no low-rank update of one tensor; merge it into "
+            f"{model.name} first, and align that model"
+        )
+    return turned
+
+
 @torch.no_grad()
-def write_aligned(model: AlignedModel, out: Path, progress: Progress) -> None:
+def write_aligned(
+    model: AlignedModel, out: Path, progress: Progress, adapters: Sequence[Adapter] = ()
+) -> None:
     """Write an aligned model, tensor by tensor; the directory appears when it is whole.
 
     Configuration and tokenizer are copied from the model, and so is the dtype of each tensor.
 
+    Args:
+        adapters: which turn with the model, and go into `adapters/` of its directory
+
     Raises:
-        InputError: `out` is there already, or cannot be written.
+        InputError: `out` is there already, or cannot be written, or two adapters have one name.
     """
     check_out(out)
+    names = [Path(adapter.name).name for adapter in adapters]
+    if len({*names}) < len(names):
+        raise InputError(
+            f"{', '.join(names)}: several adapters have one name; align them one after the other"
+        )
     source = _directory(model.name)
     with replaced(out) as partial, TensorWriter(str(partial)) as writer:
         for file in source.iterdir():
@@ -55,6 +90,11 @@ def write_aligned(model: AlignedModel, out: Path, progress: Progress) -> None:
         for done, name in enumerate(model.shapes):
             progress("aligning", done / len(model.shapes))
             writer.save_tensor(name, model.whole(name), clone=True)
+        for name, adapter in zip(names, adapters):
+            factors = {module: adapter.factors(module) for module in adapter.modules}
+            dtype = next(iter(adapter.modules.values())).dtype  # type: ignore[attr-defined]  # TurnedModule
+            task = task_type_of(model.config)
+            write_adapter(partial / "adapters" / name, factors, adapter.modules, str(out), task, dtype)
 
 
 def check_out(out: Path) -> None:

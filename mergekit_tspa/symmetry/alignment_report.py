@@ -20,13 +20,15 @@ class Row(NamedTuple):
 
 
 def by_layer(found: Iterable[tuple[Block, Aligned]]) -> list[Row]:
-    """A row for each layer and kind of block; experts of a layer are put together."""
+    """A row for each layer and kind of block, by layer; experts of a layer are put together."""
     groups: dict[tuple[str, str], list[Aligned]] = {}
     for block, aligned in found:
         layer = re.match(r"(.*?\.\d+)\.", f"{block.name}.")
         what = "heads" if block.geometry else "units"
         groups.setdefault((layer[1] if layer else block.name, what), []).append(aligned)
-    return [_row(layer, what, group) for (layer, what), group in groups.items()]
+    # Layer 2 comes before layer 10, and the units of each before its heads.
+    order = sorted(groups, key=lambda place: ([int(part) for part in re.findall(r"\d+", place[0])], *place))
+    return [_row(layer, what, groups[layer, what]) for layer, what in order]
 
 
 def _row(layer: str, what: str, group: list[Aligned]) -> Row:
