@@ -13,7 +13,7 @@ from mergekit_tspa.adapters.extract import (
 from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, is_model, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
 from mergekit_tspa.adapters.reader import kind_of, read_adapter
-from mergekit_tspa.adapters.turned import turn_adapter
+from mergekit_tspa.adapters.turned import TurnedModule, turn_adapter
 
 __all__ = [
     "Adapter",
@@ -22,6 +22,7 @@ __all__ = [
     "Extraction",
     "LoraModule",
     "StoredTensor",
+    "TurnedModule",
     "base_of_adapter",
     "check_architecture",
     "extract_adapter",

@@ -8,6 +8,7 @@ from pydantic import AfterValidator
 
 from mergekit_tspa.adapters import is_adapter, log_alignment
 from mergekit_tspa.errors import InputError, did_you_mean
+from mergekit_tspa.methods import MEAN_OF_MODELS
 from mergekit_tspa.plugin.compat import (
     BasePolicy,
     FinalizeModel,
@@ -29,8 +30,6 @@ from mergekit_tspa.plugin.recipe import check_full_model, identity
 from mergekit_tspa.plugin.references import AlignedLoader, AlignedReference
 from mergekit_tspa.symmetry.blocks import DEFAULT_KINDS, kinds_of
 
-NAME = "aligned_mean"
-
 
 def _symmetries(text: str) -> str:
     """
@@ -50,7 +49,7 @@ class AlignedMean(GroupMergeMethod):
     """
 
     spec = MergeMethodSpec(
-        name=NAME,
+        name=MEAN_OF_MODELS,
         parameters=(
             ParameterSpec(
                 name="weight",
@@ -98,7 +97,8 @@ def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
     models = config.models
     if not models or config.slices or config.modules:
         raise InputError(
-            f"{NAME}: it compares whole models, so list them under models:, without slices and modules"
+            f"{MEAN_OF_MODELS}: it compares whole models, so list them under models:, without slices and "
+            "modules"
         )
     _check_parameters(config)
     config.base_model = base = config.base_model or models[0].model
@@ -108,8 +108,8 @@ def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
             reference.model.path, reference.model.revision, options.transformers_cache
         ):
             raise InputError(
-                f"{reference}: {NAME} takes full models; merge the adapter into its model first, or use a "
-                "method on adapters with align:"
+                f"{reference}: {MEAN_OF_MODELS} takes full models; merge the adapter into its model first, or "
+                "use a method on adapters with align:"
             )
     for source in models:
         reference = source.model
@@ -141,7 +141,7 @@ def _check_parameters(config: MergeConfiguration) -> None:
     for holder in (config, *(config.models or ())):
         for name, setting in (holder.parameters or {}).items():
             if name not in specs:
-                raise InputError(f"{NAME} has no parameter {name!r}{did_you_mean(name, specs)}")
+                raise InputError(f"{MEAN_OF_MODELS} has no parameter {name!r}{did_you_mean(name, specs)}")
             if name == "align":
                 try:
                     specs[name].validate(setting)

@@ -17,7 +17,7 @@ import yaml
 from click import ClickException, get_current_context
 
 from mergekit_tspa.errors import InputError, nearest
-from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods import MEAN_OF_MODELS, METHODS
 from mergekit_tspa.plugin import compat
 from mergekit_tspa.plugin.spelling import (
     UnclearReference,
@@ -76,7 +76,7 @@ def _refuse_unreadable(recipe: Any, error: Exception) -> None:
     name = recipe.get("merge_method") if isinstance(recipe, dict) else None
     if isinstance(error, ClickException) or get_current_context(silent=True) is None:
         return
-    if isinstance(name, str) and name in (*METHODS, "aligned_mean"):
+    if isinstance(name, str) and name in (*METHODS, MEAN_OF_MODELS):
         from mergekit_tspa.plugin.recipe_file import faults_of
 
         raise PrintedRecipe(faults_of(error)) from error
@@ -121,9 +121,9 @@ def _ours(name: str) -> bool:
 
 def _is_mean(name: str) -> bool:
     """Whether it is our method on whole models."""
-    from mergekit_tspa.plugin.aligned_mean import NAME, AlignedMean
+    from mergekit_tspa.plugin.aligned_mean import AlignedMean
 
-    if name != NAME or not _fits(compat.look_everywhere()):
+    if name != MEAN_OF_MODELS or not _fits(compat.look_everywhere()):
         return False
     registered = {method.spec.name: method for method in compat.registered_methods()}
     return isinstance(registered.get(name), AlignedMean)
@@ -134,7 +134,7 @@ def _refuse_misspelt(name: str) -> None:
     Raises:
         InputError: a method that mergekit does not know and whose name is nearly one of ours.
     """
-    near = nearest(name, [*METHODS, "aligned_mean"], cutoff=0.8)
+    near = nearest(name, [*METHODS, MEAN_OF_MODELS], cutoff=0.8)
     if near and _registered and name not in {method.spec.name for method in compat.registered_methods()}:
         raise InputError(f"there is no merge_method {name!r}; do you mean {near[0]}?")
 
@@ -149,9 +149,9 @@ def _register_methods(registry: ModuleType) -> None:
         else:
             _registered.append(AdapterMergeMethod(method))
             registry.register(_registered[-1])
-    from mergekit_tspa.plugin.aligned_mean import NAME, AlignedMean
+    from mergekit_tspa.plugin.aligned_mean import AlignedMean
 
-    if NAME not in taken:
+    if MEAN_OF_MODELS not in taken:
         _registered.append(AlignedMean())
         registry.register(_registered[-1])
 

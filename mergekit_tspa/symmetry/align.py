@@ -3,6 +3,7 @@
 The residual stream stays as it is: norms and embeddings fix its axes.
 """
 
+import math
 import re
 import threading
 from collections.abc import Collection, Iterator, Mapping
@@ -174,6 +175,19 @@ class AlignedModel(ModelTensors):
         self._experts = {tensor.partition("[")[0] for tensor in self._block_of if tensor.endswith("]")}
         self._found: dict[str, Aligned] = {}
         self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """About what aligning its largest block takes, the tensors of both models among it."""
+        return max(map(self._nbytes, self.blocks))
+
+    def _nbytes(self, block: Block) -> int:
+        values = sum(math.prod(self.anchor.shape(tensor)) for tensor in block.tensors)
+        if block.geometry:
+            return 40 * values  # in float32, and twice in float64
+        (down,) = block.slots["down"]
+        n = self.anchor.shape(down.tensor)[down.dim]
+        return 8 * values + 12 * n * n  # products in float32, and in float64 for scipy
 
     def part(self, tensor: str) -> Tensor:
         """The aligned values of a tensor, or of one expert of a fused one, in its own dtype."""

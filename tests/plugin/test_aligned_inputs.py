@@ -191,6 +191,18 @@ def test_recipes_that_cannot_be(llama, tmp_path):
         merge_adapters("lora_ties", [moved], base=base, align="turned")
 
 
+def test_check_says_what_alignment_takes(llama, tmp_path):
+    """From headers: nothing is aligned for it."""
+    base, _, moved, lora = llama
+    on_moved = {"model": {"path": str(moved)}, "lora": {"path": str(lora)}}
+    file = write_recipe(tmp_path / "recipe.yml", recipe(base, [moved, on_moved], align="all"))
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "aligned" in result.output and re.search(r"aligning\s+a\s+block", result.output)
+    file = write_recipe(tmp_path / "mean.yml", mean_of(base, [moved]))
+    assert "`mergekit-tspa align` says how far" in CliRunner().invoke(main, ["check", str(file)]).output
+
+
 def test_inspect_says_how_far_models_were(llama, tmp_path):
     base, tuned, moved, _ = llama
     inspect = lambda *arguments: CliRunner().invoke(main, ["inspect", *map(str, arguments)])  # noqa: E731
