@@ -167,7 +167,8 @@ def log_alignment(model: AlignedModel) -> None:
     """Log one line on how far a model was from being aligned, and one on each kind of block left alone."""
     if not model.known:  # nothing of it was merged
         return
-    LOG.warning("%s", summary(model))
+    moved = any(aligned.maps for _, aligned in model.known)
+    LOG.log(logging.INFO if moved else logging.WARNING, "%s", summary(model))
     for note in model.notes:
         LOG.warning("%s: %s", model.name, note)
 

@@ -108,8 +108,8 @@ def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
             reference.model.path, reference.model.revision, options.transformers_cache
         ):
             raise InputError(
-                f"{reference}: {MEAN_OF_MODELS} takes full models; merge the adapter into its model first, or "
-                "use a method on adapters with align:"
+                f"{reference}: {MEAN_OF_MODELS} takes full models; merge the adapter into its model first, "
+                "or use a method on adapters with align:"
             )
     for source in models:
         reference = source.model

@@ -45,6 +45,7 @@ def mean_of(base, models, weights=None, **top):
 
 def test_the_mean_of_aligned_models_is_that_of_the_models_before_they_were_moved(llama, tmp_path, caplog):
     base, tuned, moved, _ = llama
+    caplog.set_level("INFO")
     config = mean_of(base, [base, moved], [1.0, 3.0], parameters={"align": "all"})
     got = merged_tensors(config, tmp_path / "out")
     W, W_tuned = tensors_of(base), tensors_of(tuned)
@@ -75,6 +76,8 @@ def test_architectures_that_mergekit_knows_otherwise(name, tmp_path):
     moved = plant(base, tmp_path / "moved")
     assert merge(mean_of(base, [base, moved], parameters={"align": "all"}), tmp_path / "out").exit_code == 0
     assert relative_error(outputs(load_model(tmp_path / "out")), outputs(load_model(base))) < 1e-5
+    assert merge(recipe(base, [moved], align="all"), tmp_path / "factors").exit_code == 0
+    assert relative_error(outputs(load_model(tmp_path / "factors")), outputs(load_model(base))) < 1e-4
 
 
 def recipe(base, models, method="lora_task_arithmetic", **parameters):
