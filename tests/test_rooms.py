@@ -14,28 +14,22 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = {"errors", "linalg", "updates"}
 ALLOWED = {  # room -> rooms of this package it may import
     "base": {"base", *CORE},
-    "adapters": {"adapters", "base", *CORE},
+    "symmetry": {"symmetry", "alignment", "base", *CORE},
+    "adapters": {"adapters", "symmetry", "base", *CORE},
     "alignment": {"alignment", "errors"},
     "spaces": {"spaces", *CORE},
     "rules": {"rules", "errors", "linalg"},
     "calibration": {"calibration", "adapters", "base", *CORE},
     "methods": {
-        "methods",
-        "calibration",
-        "adapters",
-        "base",
-        "alignment",
-        "spaces",
-        "rules",
-        "threads",
-        *CORE,
-    },
-    "merging": {
-        *("merging", "methods", "calibration", "adapters", "base", "alignment", "spaces", "rules"),
+        *("methods", "calibration", "adapters", "symmetry", "base", "alignment", "spaces", "rules"),
         *("threads", *CORE),
     },
+    "merging": {
+        *("merging", "methods", "calibration", "adapters", "symmetry", "base", "alignment", "spaces"),
+        *("rules", "threads", *CORE),
+    },
     "jobs": {"jobs", "errors"},
-    "insight": {"insight", "merging", "methods", "adapters", "base", *CORE},
+    "insight": {"insight", "merging", "methods", "adapters", "symmetry", "base", *CORE},
     "tuning": {
         *("tuning", "jobs", "scoring", "insight", "merging", "methods", "calibration", "adapters", "base"),
         *CORE,

@@ -7,11 +7,13 @@ from mergekit_tspa.adapters.extract import (
     StoredTensor,
     check_architecture,
     extract_adapter,
+    log_alignment,
     log_kept,
 )
 from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, is_model, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
 from mergekit_tspa.adapters.reader import kind_of, read_adapter
+from mergekit_tspa.adapters.turned import TurnedModule, turn_adapter
 
 __all__ = [
     "Adapter",
@@ -20,6 +22,7 @@ __all__ = [
     "Extraction",
     "LoraModule",
     "StoredTensor",
+    "TurnedModule",
     "base_of_adapter",
     "check_architecture",
     "extract_adapter",
@@ -27,6 +30,8 @@ __all__ = [
     "is_model",
     "kind_of",
     "locate_adapter",
+    "log_alignment",
     "log_kept",
     "read_adapter",
+    "turn_adapter",
 ]

@@ -12,6 +12,7 @@ from mergekit_tspa.adapters.modules import BasePart, Change, LoraModule
 from mergekit_tspa.base.architectures import EMBEDDINGS, HEADS, VOCABULARY, architecture_of
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.symmetry.align import AlignedModel
 from mergekit_tspa.updates import LoraFactors
 
 
@@ -23,6 +24,7 @@ class Adapter:
     base: str | None  # base_model_name_or_path, as its author wrote it
     modules: Mapping[str, LoraModule]
     changes: Mapping[str, Change] = field(default_factory=dict)  # of tensors, by name
+    aligned: AlignedModel | None = None  # the model that was aligned for it
 
     @classmethod
     def from_factors(cls, name: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> "Adapter":

@@ -14,6 +14,9 @@ from mergekit_tspa.base.architectures import COMPUTED, EMBEDDINGS, EXPERTS, HEAD
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.linalg import leading_triplets, seed_of
+from mergekit_tspa.symmetry.align import AlignedModel
+from mergekit_tspa.symmetry.alignment_report import summary
+from mergekit_tspa.symmetry.blocks import Kind
 from mergekit_tspa.updates import LoraFactors
 
 LOG = logging.getLogger(__name__)
@@ -26,6 +29,8 @@ class Extraction(NamedTuple):
 
     rank: int | None = None  # 32 by default; with `energy` the largest, 256 by default
     energy: float | None = None  # the smallest rank that keeps this share of ||D||^2
+    align: tuple[Kind, ...] = ()  # by which symmetries the model is aligned to the base before
+    device: str | None = None  # where that is found; by default torch's default device
 
     @property
     def most(self) -> int:
@@ -117,6 +122,8 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
     for tensor, stored in source.items():
         if model.shapes[stored] != base.shapes[tensor]:
             _refuse_shape(name, stored, model, base)
+    aligned = AlignedModel(model, base, extraction.align, extraction.device) if extraction.align else None
+    model = aligned or model
 
     def difference(part: str) -> tuple[Tensor, Tensor]:
         return model.part(part), base.part(part)
@@ -137,7 +144,7 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
             modules[part.removesuffix(".weight")] = ExtractedModule(
                 part, (d_out, d_in), partial(difference, part), extraction
             )
-    return Adapter(name, None, modules, changes)  # type: ignore[arg-type]  # of the same use
+    return Adapter(name, None, modules, changes, aligned)  # type: ignore[arg-type]  # of the same use
 
 
 def check_architecture(
@@ -154,6 +161,16 @@ def check_architecture(
                 f"{name}: its {key} is {here}, that of the base {base} is {there}; only a full model of the "
                 "base's own architecture can be merged into it"
             )
+
+
+def log_alignment(model: AlignedModel) -> None:
+    """Log one line on how far a model was from being aligned, and one on each kind of block left alone."""
+    if not model.known:  # nothing of it was merged
+        return
+    moved = any(aligned.maps for _, aligned in model.known)
+    LOG.log(logging.INFO if moved else logging.WARNING, "%s", summary(model))
+    for note in model.notes:
+        LOG.warning("%s: %s", model.name, note)
 
 
 def log_kept(adapter: Adapter) -> None:

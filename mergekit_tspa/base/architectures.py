@@ -27,6 +27,14 @@ ATTENTION_ROLES = {
     "o": ("o_proj", "out_proj", "output.dense", "out_lin", "o", "dense", "c_proj"),
     "qkv": ("qkv_proj", "query_key_value", "c_attn"),
 }
+# What the tensors of an MLP are called: from the model's width to the hidden units and back.  The first of a
+# gated MLP passes through the activation; "gate_up" is one tensor for both, gates first.
+MLP_ROLES = {
+    "gate": ("gate_proj", "w1", "wi_0"),
+    "up": ("up_proj", "w3", "wi_1", "wi", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "intermediate.dense"),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj", "w2", "wo", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "output.dense"),
+}
 ATTENTION_BLOCK = r"[^.]*(?:attn|attention)[^.]*"  # pattern of the part of a name that says "attention"
 VISION_BLOCK = re.compile(r"vis(ion|ual)")  # blocks that `vision_config` describes
 
@@ -42,6 +50,9 @@ EXPERTS = re.compile(r"expert|moe")  # tensors of three dimensions with these na
 EXPERT_CONTAINER = "experts"  # the module whose parameters are the fused experts
 # The parameters of that module in the order in which it declares them.
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+
+# Position biases that are added to the scores of each head; some models share those of one layer among all.
+POSITION_BIAS = "relative_attention_bias"
 
 COMPUTED = re.compile(r"\.inv_freq$")  # old checkpoints store this buffer, and nothing reads it
 
@@ -93,6 +104,14 @@ ARCHITECTURES = (
     Architecture("gptj", interleaved_rope=True),
 )
 _USUAL = Architecture("")
+
+# Model types whose outputs a test compares before and after their symmetries are used.  What is known of a
+# type by its names alone is enough for its MLPs, and not for its attention: position embeddings have no
+# tensors.
+SYMMETRIES_TESTED = frozenset(
+    "bert cohere gemma gemma2 gemma3 gemma3_text glm gpt2 gpt_neox granite llama mistral mixtral olmo2 phi "
+    "phi3 qwen2 qwen2_moe qwen3 qwen3_moe roberta siglip_vision_model smollm3 stablelm starcoder2 t5".split()
+)
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:

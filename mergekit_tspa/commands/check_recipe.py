@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mergekit_tspa.commands.command import NamedPath
 from mergekit_tspa.commands.options import PLANNING, MergeCommand
-from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods import MEAN_OF_MODELS, METHODS
 from mergekit_tspa.methods.table import find
 from mergekit_tspa.plugin.compat import (
     MergeConfiguration,
@@ -50,9 +50,12 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
             report.print(console)
             found += report.problems
         elif config and config.merge_method in {method.spec.name for method in registered_methods()}:
-            foreign.append(
-                f"{place}{config.merge_method} is mergekit's own method, and its recipe is not checked here"
+            whose = (
+                "merges full models (`mergekit-tspa align` says how far they are)"
+                if config.merge_method == MEAN_OF_MODELS
+                else "is mergekit's own method"
             )
+            foreign.append(f"{place}{config.merge_method} {whose}, and its recipe is not checked here")
         elif config:
             attempt(found, config_file, lambda: find(config.merge_method))  # noqa: B023
         problems += [place + problem for problem in found]

@@ -15,6 +15,7 @@ from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 from mergekit_tspa.plugin.inspect_recipe import inspect_recipe
 from mergekit_tspa.plugin.recipe_file import read_recipe
 from mergekit_tspa.progress import Bar
+from mergekit_tspa.symmetry.blocks import kinds_of
 
 
 @click.command(
@@ -25,12 +26,18 @@ from mergekit_tspa.progress import Bar
     "--out", type=NamedPath(path_type=Path), default=Path("report"), help="Directory of the report."
 )
 @click.option("--base", help="Base model of ADAPTERs, needed for PiSSA and OLoRA; a recipe names its own.")
+@click.option("--align", help="Align full models to the base first: permutation, rotation, scale, or all.")
 @click.option(
     "--layers", type=click.IntRange(min=1), help="Merge this many evenly spaced layers of a CONFIG."
 )
 @add_merge_options
 def main(
-    merge_options: MergeOptions, inputs: tuple[str, ...], out: Path, base: str | None, layers: int | None
+    merge_options: MergeOptions,
+    inputs: tuple[str, ...],
+    out: Path,
+    base: str | None,
+    align: str | None,
+    layers: int | None,
 ) -> None:
     """What adapters are, how they agree and fight, and what a merge keeps of them, on one page with pictures.
 
@@ -44,6 +51,7 @@ def main(
 
     merge_options.apply_global_options()
     check_out(out)
+    kinds_of(align or "")
     recipes = [path for path in inputs if os.path.isfile(path) or path.endswith((".yml", ".yaml"))]
     if layers and not recipes:
         raise InputError(
@@ -55,9 +63,11 @@ def main(
         if recipes:
             if base:
                 raise InputError("--base: a recipe names its base itself; set base_model there")
+            if align:
+                raise InputError("--align: a recipe says so itself; set align under parameters there")
             inspection = inspect_recipe(read_recipe(Path(recipes[0]))[0], merge_options, layers, bar.update)
         else:
-            inspection = inspect_adapters(inputs, base, merge_options.device, bar.update)
+            inspection = inspect_adapters(inputs, base, merge_options.device, bar.update, align)
         sentences = findings(inspection)
         page = write_page(inspection, sentences, out, bar.update)
     if not merge_options.quiet:

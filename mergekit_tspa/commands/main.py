@@ -23,6 +23,10 @@ _OWN = {  # command: its module, and what it does
         "mergekit_tspa.commands.merge_adapter",
         "Merge to one PEFT adapter, without reading or writing a model.",
     ),
+    "align": (
+        "mergekit_tspa.commands.align_model",
+        "Bring a whole model's units and heads to the places of another's.",
+    ),
     "batch": (
         "mergekit_tspa.commands.run_batch",
         "Merge every recipe of a directory, here or on many machines.",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, LoraModule
+from mergekit_tspa.adapters import Adapter, Change, ExtractedModule, LoraModule, TurnedModule
 from mergekit_tspa.merging.bases import other_base
 from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.plan import Chunk, MergePlan
@@ -33,7 +33,11 @@ class SeenAdapter(NamedTuple):
     @classmethod
     def of(cls, adapter: Adapter, kind: str) -> "SeenAdapter":
         """Measure an adapter; what depends on the base's tensors has no norm."""
-        known = [name for name, module in adapter.modules.items() if module.base_part is None]
+        known = [
+            name
+            for name, module in adapter.modules.items()
+            if module.base_part is None and not isinstance(module, TurnedModule)
+        ]
         return cls(adapter, kind, {name: adapter.factors(name).norm().item() for name in known})
 
     @property
@@ -53,7 +57,9 @@ class SeenAdapter(NamedTuple):
         tensors = [tensor for module in self.stored for tensor in (module.B, module.A)]
         tensors += [change.value for change in changes if isinstance(change, Change)]
         made = sum(
-            4 * module.rank * sum(module.shape) for module in modules if isinstance(module, ExtractedModule)
+            4 * module.rank * sum(module.shape)
+            for module in modules
+            if isinstance(module, ExtractedModule | TurnedModule)
         )
         return made + sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
@@ -202,11 +208,13 @@ class Forecast:
         method, stored = self.plan.method, self.stored
         largest = max((4 * s.values for name in self.plan.changed if (s := stored[name])), default=0)
         merged = sum(4 * self.rank(tensor) * sum(tensor.shape) for tensor in self.plan.tensors)
+        aligned = [model.nbytes for model in (seen.adapter.aligned for seen in adapters) if model]
         parts = {
             "mergekit": _IMPORTS,
             "adapters": sum(adapter.nbytes for adapter in adapters),
             "a chunk to merge": max((chunk.nbytes for chunk in self.chunks), default=0),
             "merged updates": merged if method.solves or self.wants_adapter else 0,
+            "aligning a block": max(aligned, default=0),
             "a tensor in float32": (3 if self.extracts or method.result.dense else 2) * largest,
             "a shard of the output": self._shard_size,
             "a shard of the base": 0 if self.base_mapped else self.base_shard,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mergekit_tspa.adapters import Adapter, Extraction, is_model, kind_of, locate_adapter
+from mergekit_tspa.adapters import Adapter, is_model, kind_of, locate_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError
@@ -15,16 +15,18 @@ from mergekit_tspa.methods.inputs import Parameters, Progress
 
 
 def inspect_adapters(
-    paths: Sequence[str], base: str | None, device: Device, progress: Progress
+    paths: Sequence[str], base: str | None, device: Device, progress: Progress, align: str | None = None
 ) -> Inspection:
     """Adapters of weight 1 each.
 
     Args:
+        align: by which symmetries full models are aligned to the base first
         base: where PiSSA and OLoRA find what they took out of it, and names and shapes are checked
 
     Raises:
         InputError: one cannot be read, is listed twice, or does not fit the base or the others.
     """
+    extraction = Parameters(align=align).extraction._replace(device=str(device))
     model = None if base is None else ModelTensors.of(base, Checkpoint(base))
     adapters: list[Adapter] = []
     touched: list[dict[str, str]] = []
@@ -36,7 +38,7 @@ def inspect_adapters(
         if first := found.get(Path(directory).resolve()):
             raise InputError(f"{path}: listed twice" + (f" ({first} is the same)" if first != path else ""))
         found[Path(directory).resolve()] = path
-        adapter, tensors = load_adapter(path, path, model, Extraction())
+        adapter, tensors = load_adapter(path, path, model, extraction)
         needy = {
             t for t, m in tensors.items() if (part := adapter.modules[m].base_part) and part.read is None
         }

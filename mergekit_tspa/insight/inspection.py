@@ -3,7 +3,7 @@ adapters.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import nan
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from mergekit_tspa.merging.outputs import TensorPlan
 from mergekit_tspa.merging.plan import MergePlan
 from mergekit_tspa.methods.inputs import Progress, silent
 from mergekit_tspa.methods.report import Report, Truncation, summary
+from mergekit_tspa.symmetry.alignment_report import summary as summary_of_alignment
 from mergekit_tspa.updates import LoraFactors
 
 _BYTES = 2**28  # what one stack of modules may take
@@ -231,7 +232,7 @@ def inspect_plan(
             done += len(part)
     progress("measuring", 1.0)
     tensors, widths = [tensor.name for tensor in low_rank], [tensor.shape[1] for tensor in low_rank]
-    notes = [*notes, *_not_measured(plan.every)]
+    notes = [*notes, *_not_measured(plan.every), *_aligned(adapters)]
     return Inspection([*adapters], [*kinds_of], tensors, widths, weights, measures, notes, title)
 
 
@@ -272,6 +273,14 @@ def _not_measured(plans: Sequence[TensorPlan]) -> list[str]:
             f"full model's own), {changes[0]} among them, are not measured"
         )
     return notes
+
+
+def _aligned(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """How far full models were from being aligned to the base."""
+    for adapter in adapters:
+        if adapter.aligned is not None:
+            yield summary_of_alignment(adapter.aligned)
+            yield from (f"{adapter.name}: {note}" for note in adapter.aligned.notes)
 
 
 def short_names(names: Sequence[str], longest: int = 28) -> list[str]:

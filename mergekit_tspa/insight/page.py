@@ -17,6 +17,7 @@ from mergekit_tspa.insight.findings import Finding
 from mergekit_tspa.insight.inspection import Inspection
 from mergekit_tspa.insight.pictures import NAMES, THEMES, Picture, pictures
 from mergekit_tspa.methods.inputs import Progress
+from mergekit_tspa.symmetry.alignment_report import by_layer
 
 PAGE = "inspect.html"
 PNG = "inspect-{}.png"
@@ -45,6 +46,10 @@ _TERMS = (
         "||sum a D||² / sum ||a D||² - 1: what meeting adds to the energy of the weighted sum, or takes "
         "away; "
         "||sum|| / sum of norms is 1 if all point one way, 1/sqrt(n) for n orthogonal updates of equal size.",
+    ),
+    (
+        "distance",
+        "of a full model's layer to the base's, ||W - W_0|| / ||W_0|| over the tensors with symmetries.",
     ),
     ("survives", "<M, D> / ||D||² of the merged update M: the part of an adapter that is still in it."),
 )
@@ -123,7 +128,7 @@ def write_page(ins: Inspection, found: Sequence[Finding], out: Path, progress: P
             subtitle=_subtitle(ins),
             findings=found,
             pictures=seen,
-            tables=[_adapters(ins)],
+            tables=[_adapters(ins), *_alignment(ins)],
             modules=_modules(ins),
             terms=_TERMS,
             merged=ins.merge is not None,
@@ -182,6 +187,19 @@ def _adapters(ins: Inspection) -> Table:
         "path",
     )
     return "Adapters", columns, rows, (1, 8)
+
+
+def _alignment(ins: Inspection) -> Iterator[Table]:
+    """Of full models that were aligned, how far each layer was from the base's."""
+    rows = [
+        (ins.names[t], row.layer, row.what, f"{row.matched:.1%}", f"{row.before:.3f}", f"{row.after:.3f}")
+        for t, adapter in enumerate(ins.adapters)
+        if adapter.aligned is not None
+        for row in by_layer(adapter.aligned.known)
+    ]
+    if rows:
+        columns = ("model", "layer", "what", "in place", "distance before", "after alignment")
+        yield "Alignment", columns, rows, (0, 1, 2)
 
 
 def _tables(ins: Inspection, picture: str) -> Iterator[Table]:

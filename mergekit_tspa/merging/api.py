@@ -220,7 +220,7 @@ def merge_adapters(
     assert stored is None or isinstance(stored, Mapping)
 
     tensors = None if stored is None else ModelTensors.of("the base", stored)
-    extraction = row.extraction(parameters)
+    extraction = row.extraction(parameters)._replace(device=str(device))
     loaded, touched = zip(
         *(load_adapter(a, f"adapter {i}", tensors, extraction) for i, a in enumerate(adapters))
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mergekit_tspa.adapters import Adapter, ExtractedModule, log_kept
+from mergekit_tspa.adapters import Adapter, ExtractedModule, log_alignment, log_kept
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
@@ -279,6 +279,8 @@ def log_merge(reports: Sequence[Report | Truncation], adapters: Sequence[Adapter
     for report in summary(reports):
         LOG.log(logging.WARNING if isinstance(report, Truncation) else logging.INFO, "%s", report)
     for adapter in adapters:
+        if adapter.aligned is not None:
+            log_alignment(adapter.aligned)
         log_kept(adapter)
 
 

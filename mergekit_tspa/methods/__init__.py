@@ -27,5 +27,6 @@ ROWS: tuple[Method, ...] = (
     *SPACE_RULE_METHODS,
 )
 METHODS: dict[str, Method] = {method.name: method for method in ROWS}
+MEAN_OF_MODELS = "aligned_mean"  # on full models alone, so it is no row; see `plugin/aligned_mean.py`
 
 __all__ = ["METHODS", "Method"]

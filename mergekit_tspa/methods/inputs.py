@@ -1,15 +1,16 @@
 """What a method is given: its parameters, the factors of tensors, and the attention pairs they belong to."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from mergekit_tspa.adapters import Adapter, Extraction
 from mergekit_tspa.alignment.attention import SideGrams
 from mergekit_tspa.base.geometry import AttentionGeometry
 from mergekit_tspa.linalg import seed_of
+from mergekit_tspa.symmetry.blocks import kinds_of
 from mergekit_tspa.updates import LoraFactors
 
 # What a method knows of the whole model before it merges the first tensor: statistics of each adapter, or
@@ -33,6 +34,15 @@ def silent(stage: str, done: float, left: float | None = None) -> None:
     """The progress that nobody hears of."""
 
 
+def _symmetries(text: str | None) -> str | None:
+    """
+    Raises:
+        InputError: one of the names is no symmetry.
+    """
+    kinds_of(text or "")
+    return text
+
+
 class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
     """Parameters that every method has; a method's own are fields of its subclass, in the order of the
     paper.
@@ -51,12 +61,16 @@ class Parameters(BaseModel, frozen=True, extra="forbid", populate_by_name=True):
         None, gt=0, le=1, description="instead, the share of ||W - W_base||^2 that they keep, up to rank 256"
     )
 
+    align: Annotated[str | None, AfterValidator(_symmetries)] = Field(
+        None, description="before that, align full models to the base by permutation, rotation, scale, or all"
+    )
+
     @property
     def extraction(self) -> Extraction:
-        return Extraction(self.extract_rank, self.extract_energy)
+        return Extraction(self.extract_rank, self.extract_energy, kinds_of(self.align or ""))
 
 
-PER_MODEL = ("extract_rank", "extract_energy")  # parameters that may differ from model to model
+PER_MODEL = ("extract_rank", "extract_energy", "align")  # parameters that may differ from model to model
 
 
 class OneByOneParameters(Parameters):

@@ -25,6 +25,9 @@ class Section(NamedTuple):
 
 
 _NOTE = (
+    "Beside these there is `aligned_mean` for full models alone: mergekit's `linear` on models whose hidden "
+    "units and heads are brought to the same places first (`weight` 1.0, `normalize` true, `align` "
+    "permutation, rotation).\n\n"
     "`weight` is linear where a single adapter of weight 2 brings twice what it brings at weight 1. In a "
     "mean only the "
     "ratios of the weights matter. `factor_` methods multiply `B` and `A` each by the root of the weight. "

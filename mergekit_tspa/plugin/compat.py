@@ -192,7 +192,7 @@ TAKEN = (
     Needed("mergekit.common", "dtype_from_name", "name"),
     Needed("mergekit.common", "get_auto_cls", "arch_name"),
     Needed("mergekit.config", "ConditionalParameter", has="filter value"),
-    Needed("mergekit.config", "InputModelDefinition", "model", "model parameters"),
+    Needed("mergekit.config", "InputModelDefinition", "model parameters", "model parameters"),
     Needed("mergekit.config", "InputSliceDefinition", "model layer_range", "model layer_range parameters"),
     Needed(
         "mergekit.config",
@@ -228,7 +228,7 @@ TAKEN = (
     Needed("mergekit.io.tasks", "LoaderCache.setup", "options"),
     Needed("mergekit.io.tasks", "TensorWriterTask", "out_path max_shard_size override_basename"),
     Needed("mergekit.io.tensor_writer", "TensorWriter", "out_path", "__enter__ __exit__ finalize out_path"),
-    Needed("mergekit.io.tensor_writer", "TensorWriter.save_tensor", "name tensor"),
+    Needed("mergekit.io.tensor_writer", "TensorWriter.save_tensor", "name tensor clone"),
     Needed("mergekit.merge_methods.base", "BasePolicy", has="REQUIRED"),
     Needed("mergekit.merge_methods.base", "GroupMergeMethod"),
     Needed("mergekit.merge_methods.base", "GroupMergeMethod.merge_group", "group parameters", exact=True),
@@ -240,7 +240,7 @@ TAKEN = (
         "name parameters contract pretty_name reference_url",
         "name parameters",
     ),
-    Needed("mergekit.merge_methods.base", "ParameterScope", has="NON_BASE SHARED"),
+    Needed("mergekit.merge_methods.base", "ParameterScope", has="INPUT NON_BASE SHARED"),
     Needed(
         "mergekit.merge_methods.base",
         "ParameterSpec",

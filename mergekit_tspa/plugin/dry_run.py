@@ -159,7 +159,8 @@ def _see(reference: ModelReference, fit: bool) -> SeenAdapter:
         InputError: it is not readable or does not fit.
     """
     if isinstance(reference, FullModelReference):
-        return SeenAdapter(adapter_loader(reference).adapter, "full model", {})
+        adapter = adapter_loader(reference).adapter
+        return SeenAdapter(adapter, "full model, aligned" if adapter.aligned else "full model", {})
     lora = reference.lora
     directory = locate_adapter(lora.path, lora.revision, LoaderCache().hf_cache_dir)
     if fit and isinstance(reference, AdapterReference):

@@ -17,7 +17,7 @@ import yaml
 from click import ClickException, get_current_context
 
 from mergekit_tspa.errors import InputError, nearest
-from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods import MEAN_OF_MODELS, METHODS
 from mergekit_tspa.plugin import compat
 from mergekit_tspa.plugin.spelling import (
     UnclearReference,
@@ -30,13 +30,14 @@ from mergekit_tspa.plugin.spelling import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from mergekit_tspa.plugin.aligned_mean import AlignedMean
     from mergekit_tspa.plugin.merge_method import AdapterMergeMethod
 
 LOG = logging.getLogger(__name__)
 
 Hook: TypeAlias = Callable[..., Any]
 
-_registered: list[AdapterMergeMethod] = []
+_registered: list[AdapterMergeMethod | AlignedMean] = []
 _said = False  # whether it was said that mergekit does not fit
 
 
@@ -75,7 +76,7 @@ def _refuse_unreadable(recipe: Any, error: Exception) -> None:
     name = recipe.get("merge_method") if isinstance(recipe, dict) else None
     if isinstance(error, ClickException) or get_current_context(silent=True) is None:
         return
-    if isinstance(name, str) and name in METHODS:
+    if isinstance(name, str) and name in (*METHODS, MEAN_OF_MODELS):
         from mergekit_tspa.plugin.recipe_file import faults_of
 
         raise PrintedRecipe(faults_of(error)) from error
@@ -118,12 +119,22 @@ def _ours(name: str) -> bool:
     return isinstance(registered.get(name), AdapterMergeMethod)
 
 
+def _is_mean(name: str) -> bool:
+    """Whether it is our method on whole models."""
+    from mergekit_tspa.plugin.aligned_mean import AlignedMean
+
+    if name != MEAN_OF_MODELS or not _fits(compat.look_everywhere()):
+        return False
+    registered = {method.spec.name: method for method in compat.registered_methods()}
+    return isinstance(registered.get(name), AlignedMean)
+
+
 def _refuse_misspelt(name: str) -> None:
     """
     Raises:
         InputError: a method that mergekit does not know and whose name is nearly one of ours.
     """
-    near = nearest(name, METHODS, cutoff=0.8)
+    near = nearest(name, [*METHODS, MEAN_OF_MODELS], cutoff=0.8)
     if near and _registered and name not in {method.spec.name for method in compat.registered_methods()}:
         raise InputError(f"there is no merge_method {name!r}; do you mean {near[0]}?")
 
@@ -138,16 +149,27 @@ def _register_methods(registry: ModuleType) -> None:
         else:
             _registered.append(AdapterMergeMethod(method))
             registry.register(_registered[-1])
+    from mergekit_tspa.plugin.aligned_mean import AlignedMean
+
+    if MEAN_OF_MODELS not in taken:
+        _registered.append(AlignedMean())
+        registry.register(_registered[-1])
 
 
 def _get_architecture_info(
     original: Hook, config: compat.MergeConfiguration, options: compat.MergeOptions
 ) -> compat.ModelArchitecture:
     """`run_merge` looks at a recipe for the first time through this function."""
+    from mergekit_tspa.plugin.architecture import fit_architecture
+
+    if _is_mean(config.merge_method):
+        from mergekit_tspa.plugin.aligned_mean import adopt as adopt_models
+
+        adopt_models(config, options)
+        return fit_architecture(original, config, options)
     if not _ours(config.merge_method):
         _refuse_misspelt(config.merge_method)
         return original(config, options)
-    from mergekit_tspa.plugin.architecture import fit_architecture
     from mergekit_tspa.plugin.recipe import adopt, adopt_modules
 
     adopt(config, options)
@@ -160,7 +182,7 @@ def _model_out_config(
     original: Hook, config: compat.MergeConfiguration, *args: Any, **kwargs: Any
 ) -> PretrainedConfig:
     made = original(config, *args, **kwargs)
-    if _ours(config.merge_method):
+    if _ours(config.merge_method) or _is_mean(config.merge_method):
         from mergekit_tspa.plugin.output import save_whole
 
         save_whole(made)
@@ -175,7 +197,7 @@ def _run_merge(
     config_source: str | None = None,
 ) -> None:
     try:
-        if not _ours(merge_config.merge_method):
+        if not _ours(merge_config.merge_method) and not _is_mean(merge_config.merge_method):
             return original(merge_config, out_path, options, config_source)
         from mergekit_tspa.plugin.output import held
         from mergekit_tspa.plugin.recipe_file import refuse_repeated_keys, unknown_keys
@@ -235,6 +257,8 @@ def _plan_in_memory(original: Hook, planner: compat.MergePlanner) -> list[compat
 
 
 def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -> list[compat.Task]:
+    if _is_mean(planner.config.merge_method):
+        return _plan_mean(original, planner, Path(out_path))
     if not _ours(planner.config.merge_method):
         return original(planner, out_path)
     from mergekit_tspa.plugin.output import begin_model, weights_in
@@ -258,6 +282,19 @@ def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -
         except InputError as error:
             LOG.warning("no adapter is written beside the model: %s", error.message)
     return tasks
+
+
+def _plan_mean(original: Hook, planner: compat.MergePlanner, out: Path) -> list[compat.Task]:
+    from mergekit_tspa.plugin.aligned_mean import LogAlignment
+    from mergekit_tspa.plugin.output import begin_model, weights_in
+    from mergekit_tspa.plugin.tasks import ClearEarlier, EarlierWeights
+
+    models = tuple(dict.fromkeys(source.model for source in planner.config.models or ()))
+    tasks = original(planner, str(out))
+    begin_model(planner.config, out)
+    (finish,) = (task for task in tasks if isinstance(task, compat.FinalizeModel))
+    earlier = EarlierWeights(out, weights_in(out))
+    return [*tasks, LogAlignment(finish=finish, models=models), ClearEarlier(finish=finish, earlier=earlier)]
 
 
 def _run_parallel(original: Hook, executor: compat.MultiGPUExecutor, quiet: bool = False) -> Any:

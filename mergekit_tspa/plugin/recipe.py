@@ -40,7 +40,7 @@ from mergekit_tspa.plugin.merge_method import (
     WEIGHT,
     AdapterMergeMethod,
 )
-from mergekit_tspa.plugin.references import AdapterReference, FullModelReference
+from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, TurnedReference
 
 LOG = logging.getLogger(__name__)
 Source = InputModelDefinition | InputSliceDefinition
@@ -186,7 +186,7 @@ def _complete_adapters(config: MergeConfiguration, options: MergeOptions) -> Ite
     """Write an adapter that is given without its base as `base+adapter`."""
     for source in sources(config):
         path = source.model.model
-        known = config.base_model and _identity(path) == _identity(config.base_model.model)
+        known = config.base_model and identity(path) == identity(config.base_model.model)
         if source.model.lora or known or not is_adapter(path.path, path.revision, options.transformers_cache):
             continue
         try:
@@ -215,16 +215,16 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
 
 def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     adapters = [source.model for source in sources(config) if source.model.lora]
-    base = config.base_model and _identity(config.base_model.model)
+    base = config.base_model and identity(config.base_model.model)
     if not adapters and (
-        base is None or all(_identity(source.model.model) == base for source in sources(config))
+        base is None or all(identity(source.model.model) == base for source in sources(config))
     ):
         yield InputError(
             f"{config.merge_method}: the recipe has no adapter; write inputs as `model: base+adapter`, as "
             "`model: adapter` for a directory without a model, or, with base_model, as `model: full model`"
         )
         return
-    bases = list({_identity(reference.model): str(reference.model) for reference in adapters}.values())
+    bases = list({identity(reference.model): str(reference.model) for reference in adapters}.values())
     if config.base_model is None:
         if len(bases) > 1:
             yield InputError(
@@ -282,22 +282,22 @@ def _complete_sources(
         seen = set()
         for source in group:
             reference = source.model
-            same_base = _identity(reference.model) == _identity(base.model)
-            if reference.lora and not same_base:
+            same_base = identity(reference.model) == identity(base.model)
+            settings = _settings(source, holders) if parameters else {}
+            if reference.lora and not same_base and not settings.get("align"):
                 yield InputError(
                     f"{reference}: written on base {reference.model}, but this merge is based on {base}; "
-                    "adapters of different bases cannot be merged"
+                    "adapters of different bases cannot be merged, unless align: brings their models together"
                 )
                 continue
             added = reference.lora or reference.model
-            if _identity(added) in seen:
+            if identity(added) in seen:
                 base_alone = same_base and not reference.lora
                 yield InputError(
                     f"{added}: listed twice; list it once{'' if base_alone else ' with the summed weight'}"
                 )
-            seen.add(_identity(added))
+            seen.add(identity(added))
             if absent.isdisjoint((reference.model.path, base.model.path)):
-                settings = _settings(source, holders) if parameters else {}
                 try:
                     source.model = _reference(reference, settings, base, method, options)
                 except InputError as error:
@@ -358,22 +358,28 @@ def _reference(
     method: Method,
     options: MergeOptions,
 ) -> ModelReference:
-    """The base as `base_model` spells it, an adapter on it, or a full model beside it."""
+    """The base as `base_model` spells it, an adapter on it, or a full model beside it, perhaps with an
+    adapter.
+    """
     model, lora = reference.model, reference.lora
-    if lora:
+    same_base = identity(model) == identity(base.model)
+    if lora and same_base:
         return AdapterReference(model=base.model, lora=lora, override_architecture=base.override_architecture)
-    if _identity(model) == _identity(base.model):
+    if same_base:
         return base
-    _check_architecture(reference, base, options.trust_remote_code)
-    return FullModelReference(
+    check_full_model(reference, base, options.trust_remote_code)
+    device = None if options.multi_gpu else options.device  # None: that of the thread
+    kind = TurnedReference if lora else FullModelReference
+    return kind(
         model=model,
+        lora=lora,
         base=base,
-        extraction=method.extraction(settings),
+        extraction=method.extraction(settings)._replace(device=device),
         override_architecture=reference.override_architecture,
     )
 
 
-def _check_architecture(reference: ModelReference, base: ModelReference, trust_remote_code: bool) -> None:
+def check_full_model(reference: ModelReference, base: ModelReference, trust_remote_code: bool) -> None:
     """
     Raises:
         InputError: there is no such model, or it is of another architecture.
@@ -396,7 +402,7 @@ def _check_architecture(reference: ModelReference, base: ModelReference, trust_r
         )
 
 
-def _identity(path: ModelPath) -> tuple[str, str | None]:
+def identity(path: ModelPath) -> tuple[str, str | None]:
     """Equal for two spellings of one directory."""
     return (os.path.realpath(path.path) if os.path.exists(path.path) else path.path), path.revision
 
@@ -404,7 +410,7 @@ def _identity(path: ModelPath) -> tuple[str, str | None]:
 def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> Iterator[InputError]:
     """mergekit adds the base to `models:` only."""
     own = output_slice.base_model
-    if own and _identity(own.model) != _identity(base.model):
+    if own and identity(own.model) != identity(base.model):
         yield InputError(
             f"a slice has base_model {own}, but this merge is based on {base}; adapters of different bases "
             "cannot be merged, so leave it out there"

@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mergekit_tspa.errors import InputError, did_you_mean, nearest
-from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods import MEAN_OF_MODELS, METHODS
 from mergekit_tspa.plugin.compat import (
     ConditionalParameter,
     InputModelDefinition,
@@ -77,6 +77,8 @@ def read_recipe(file: Path, foreign: bool = False) -> tuple[MergeConfiguration, 
     if config.merge_method not in METHODS:
         near = nearest(config.merge_method, METHODS)
         hint = f"do you mean {near[0]}?" if near else "see `mergekit-tspa methods`"
+        if config.merge_method == MEAN_OF_MODELS:
+            hint = "merge it with mergekit-yaml; `mergekit-tspa align` says how far full models are"
         raise InputError(f"{file}: {config.merge_method} is not a method on adapters; {hint}")
     for warning in unknown_keys(document):
         LOG.warning("%s", warning)

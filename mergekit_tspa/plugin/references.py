@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 
-from mergekit_tspa.adapters import Adapter, Extraction, extract_adapter, locate_adapter, read_adapter
+from mergekit_tspa.adapters import (
+    Adapter,
+    Extraction,
+    extract_adapter,
+    locate_adapter,
+    read_adapter,
+    turn_adapter,
+)
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.tensors import Index, ModelTensors
 from mergekit_tspa.merging.finish import apply_adapter
@@ -16,6 +23,8 @@ from mergekit_tspa.plugin.compat import (
     ModelReference,
     ShardedTensorIndex,
 )
+from mergekit_tspa.symmetry.align import AlignedModel
+from mergekit_tspa.symmetry.blocks import Kind
 
 
 class AdapterReference(ModelReference, frozen=True):
@@ -46,16 +55,48 @@ class FullModelReference(AdapterReference, frozen=True):
 
     def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
         """Check the model against the base by their headers; its weights are read when they are merged."""
-        base, model = (
-            ModelTensors.of(
-                str(reference.model),
-                Checkpoint(reference.local_path(cache_dir)),
-                reference.config(LoaderCache().trust_remote_code).to_dict(),
-            )
-            for reference in (self.base, self)
-        )
+        base, model = (_tensors(reference, cache_dir) for reference in (self.base, self))
         adapter = extract_adapter(str(self.model), model, base, self.extraction)
         return LoraLoader(self.base.tensor_index(cache_dir), lazy_unpickle, base, adapter, adapter.tensors)
+
+
+class TurnedReference(AdapterReference, frozen=True):
+    """An adapter on a full model beside the base, which turns as that model does when it is aligned."""
+
+    base: ModelReference
+    extraction: Extraction
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "LoraLoader":
+        """Fit the adapter to its own model, and check that model against the base, by their headers."""
+        base, model = (_tensors(reference, cache_dir) for reference in (self.base, self))
+        aligned = AlignedModel(model, base, self.extraction.align, self.extraction.device)
+        directory = locate_adapter(self.lora.path, self.lora.revision, cache_dir)
+        adapter, tensors = read_adapter(directory, str(self.lora)).fit(model)
+        adapter = turn_adapter(adapter, tensors, aligned)
+        return LoraLoader(self.base.tensor_index(cache_dir), lazy_unpickle, base, adapter, tensors)
+
+
+class AlignedReference(ModelReference, frozen=True):
+    """A full model whose loader serves its tensors as they are once it is aligned."""
+
+    base: ModelReference
+    kinds: tuple[Kind, ...]
+    device: str | None
+
+    def lazy_loader(self, cache_dir: str | None = None, lazy_unpickle: bool = True) -> "AlignedLoader":
+        """Check the model against the base by their headers."""
+        base, model = (_tensors(reference, cache_dir) for reference in (self.base, self))
+        aligned = AlignedModel(model, base, self.kinds, self.device)
+        return AlignedLoader(self.tensor_index(cache_dir), lazy_unpickle, aligned)
+
+
+def _tensors(reference: ModelReference, cache_dir: str | None) -> ModelTensors:
+    """The tensors of the full model of a reference."""
+    return ModelTensors.of(
+        str(reference.model),
+        Checkpoint(reference.local_path(cache_dir, ignore_lora=True)),
+        reference.config(LoaderCache().trust_remote_code).to_dict(),
+    )
 
 
 def base_loader(config: MergeConfiguration) -> LazyTensorLoader:
@@ -69,6 +110,20 @@ def adapter_loader(reference: ModelReference) -> "LoraLoader":
     loader = LoaderCache().get(reference)
     assert isinstance(loader, LoraLoader)
     return loader
+
+
+class AlignedLoader(LazyTensorLoader):
+    """The tensors of an aligned model."""
+
+    def __init__(self, index: ShardedTensorIndex, lazy_unpickle: bool, aligned: AlignedModel):
+        super().__init__(index, lazy_unpickle)
+        self.aligned = aligned
+
+    def get_tensor(self, key: str, device: str = "cpu", **kwargs: Any) -> torch.Tensor | None:
+        """The aligned tensor in its own dtype; what mergekit answers where there is none."""
+        if key not in self.aligned.shapes:
+            return super().get_tensor(key, device, **kwargs)
+        return self.aligned.whole(key).to(device)
 
 
 class LoraLoader(LazyTensorLoader):
