@@ -86,7 +86,7 @@ class Spanned(NamedTuple):
 
     U: Span  # (d_out, p)
     M: Tensor  # (p, q), float64
-    V: Span  # (d_in, q)
+    V: Span | None  # (d_in, q); None: the identity
 
     @property
     def rank(self) -> int:
@@ -94,7 +94,7 @@ class Spanned(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.U.shape[0], self.V.shape[0]
+        return self.U.shape[0], self.M.shape[1] if self.V is None else self.V.shape[0]
 
     def dense(self) -> Tensor:
         return self.low_rank(torch.float64).dense()
@@ -111,13 +111,17 @@ class Spanned(NamedTuple):
         P, S = leading_left(self.M, rank)
         root = S.sqrt()
         right = (P / root.where(root > 0, 1)).mT @ self.M  # (k, q), sqrt(S) Q^T
-        return LowRank((self.U @ (P * root)).to(dtype), (self.V @ right.mT).mT.to(dtype))
+        return LowRank((self.U @ (P * root)).to(dtype), self._turned(right).to(dtype))
 
     def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank:
         """The update as factors, of the rank of the smaller basis."""
-        if self.M.shape[0] > self.M.shape[1]:
+        if self.V is not None and self.M.shape[0] > self.M.shape[1]:
             return LowRank((self.U @ self.M).to(dtype), self.V.dense().mT.to(dtype))
-        return LowRank(self.U.dense().to(dtype), (self.V @ self.M.mT).mT.to(dtype))
+        return LowRank(self.U.dense().to(dtype), self._turned(self.M).to(dtype))
+
+    def _turned(self, X: Tensor) -> Tensor:
+        """`X V^T`  # (k, q) -> (k, d_in)"""
+        return X if self.V is None else (self.V @ X.mT).mT
 
 
 class Dense(NamedTuple):

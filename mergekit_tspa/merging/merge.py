@@ -119,7 +119,11 @@ def _tensor_by_tensor(
     on_cpu = torch.device(device or torch.get_default_device()).type == "cpu"
     largest = max((_WORK * plan.nbytes for plan in chunk.tensors), default=1)
     at_once = max(1, budget() // largest) if on_cpu else 1
-    return in_threads(merge_one, chunk.tensors, at_once, done)
+    # The largest first, so that no thread is left alone with one at the end.
+    order = sorted(range(len(chunk.tensors)), key=lambda i: -chunk.tensors[i].nbytes)
+    merged = in_threads(merge_one, [chunk.tensors[i] for i in order], at_once, done)
+    placed = dict(zip(order, merged))
+    return [placed[i] for i in range(len(order))]
 
 
 class _Sized(NamedTuple):

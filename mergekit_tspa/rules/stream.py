@@ -16,7 +16,7 @@ from mergekit_tspa.rules.update_statistics import Block, Positions
 
 # Entries of each update that an entrywise rule looks at in one go: few beside a tensor, even of many
 # adapters, on a CPU; many for a GPU, which would wait for the next call otherwise.
-BLOCK = {"cpu": 2**16, "cuda": 2**22}
+BLOCK = {"cpu": 2**18, "cuda": 2**22}
 
 Factors = Sequence[tuple[Tensor, Tensor]]  # `M_t = B_t A_t`, B_t (p, r_t) and A_t (r_t, q)
 

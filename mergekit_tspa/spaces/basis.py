@@ -31,8 +31,6 @@ class Basis(NamedTuple):
         """`U M V^T`, as factors if a side has a basis.  # (p, q) -> (d_out, d_in)"""
         if self.U is None:
             return M if self.V is None else LoraFactors(M.to(self.V.X), self.V.dense().mT)
-        if self.V is None:
-            return LoraFactors(self.U.dense(), M.to(self.U.X))
         return Spanned(self.U, M.to(self.U.X), self.V)
 
     def parts(self, factors: Sequence[LoraFactors], weights: Sequence[float]) -> list[Part]:

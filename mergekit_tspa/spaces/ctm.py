@@ -50,20 +50,23 @@ def shared_subspaces(
     Returns:
         P (p, k) and Q (q, k), each k at most its own side.
     """
+    given = B.dtype
+    if max(B.shape[1], A.shape[2]) > _SMALL:  # the steps are many, and float32 tells these subspaces apart
+        B, A = B.float(), A.float()
     N = A.mT  # (n, q, r)
-    total = ((B.mT @ B) * (N.mT @ N)).sum().clamp(min=torch.finfo(B.dtype).tiny)
+    total = ((B.mT @ B) * (N.mT @ N)).double().sum().clamp(min=torch.finfo(B.dtype).tiny)
     P = _top(_beside(B @ torch.linalg.qr(N).R.mT), rank)
     Q = _top(_beside(N @ torch.linalg.qr(B).R.mT), rank)
     before = float("inf")
     for step in range(iterations):
         P = _improved(P, _beside(B @ (N.mT @ Q)))
         Q = _improved(Q, _beside(N @ (B.mT @ P)))
-        kept = ((P.mT @ B) @ (N.mT @ Q)).square().sum()
+        kept = ((P.mT @ B) @ (N.mT @ Q)).double().square().sum()
         error = ((total - kept).abs() / total).sqrt().item()
         if step >= 2 and abs(before - error) < tolerance:
             break
         before = error
-    return _positive(P), _positive(Q)
+    return _positive(_orthonormal(P.to(given))), _positive(_orthonormal(Q.to(given)))
 
 
 def _beside(Y: Tensor) -> Tensor:
@@ -87,6 +90,13 @@ def _improved(P: Tensor, Y: Tensor) -> Tensor:
     S = torch.linalg.qr(torch.cat([P, Y @ (Y.mT @ P)], dim=1)).Q  # (p, 2k)
     improved: Tensor = S @ _top(S.mT @ Y, k)
     return improved
+
+
+def _orthonormal(P: Tensor) -> Tensor:
+    """The same columns, orthonormal to their precision: `P (P^T P)^-1/2`."""
+    values, V = torch.linalg.eigh(P.mT @ P)
+    orthonormal: Tensor = P @ (V / values.sqrt()) @ V.mT
+    return orthonormal
 
 
 def _positive(P: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""What a merge costs beside mergekit's own copy of the base (`passthrough`), as whole commands, in turns.
+
+    python benchmarks/near_copy.py [--base MODEL --adapters DIR ...] [--runs 3]
+
+With --base and --adapters that model and those adapters; otherwise four layers of Llama-3-8B's shapes and four adapters
+of rank 64 on all linear layers.  Medians; the first turn is a warm-up.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import yaml
+from memory import measure
+from synthetic import ALL_LINEAR, LLAMA_3_8B, write_adapters, write_llama
+
+METHODS = ("lora_task_arithmetic", "core_tsv", "tspa_lora", "tspa")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--adapters", type=Path, nargs="*")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+        folder = Path(name)
+        base = args.base or write_llama(folder / "base", 4, **LLAMA_3_8B)
+        adapters = args.adapters or [*write_adapters(folder / "adapters", 4, 4, 64, ALL_LINEAR, **LLAMA_3_8B)]
+        recipes = {"passthrough": {"merge_method": "passthrough", "models": [{"model": str(base)}]}}
+        models = [{"model": f"{base}+{adapter}"} for adapter in adapters]
+        recipes |= {method: {"merge_method": method, "models": models} for method in args.methods}
+        seconds = compare(folder, recipes, args.runs)
+    print("| method | seconds | times the copy |\n|---|---|---|")
+    for method, taken in seconds.items():
+        print(f"| {method} | {taken:.1f} | {taken / seconds['passthrough']:.2f} |")
+
+
+def compare(folder: Path, recipes: dict[str, dict], runs: int) -> dict[str, float]:
+    script = str(Path(sys.executable).parent / "mergekit-yaml")
+    seen: dict[str, list[float]] = {method: [] for method in recipes}
+    for turn in range(runs + 1):
+        for method, recipe in recipes.items():
+            (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+            seconds, _ = measure(
+                script, str(folder / "recipe.yml"), str(folder / "out"), "--quiet", "--out-shard-size", "250M"
+            )
+            if turn:
+                seen[method].append(seconds)
+    return {method: statistics.median(taken) for method, taken in seen.items()}
+
+
+if __name__ == "__main__":
+    main()
