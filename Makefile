@@ -4,7 +4,7 @@ BIN := .venv/bin
 MODEL := build/models/SmolLM2-135M-Instruct
 MERGED := build/demo/tspa_lora
 
-.PHONY: demo test wheel lint tables clean
+.PHONY: demo test wheel lint tables docs tutorial clean
 
 demo: $(MERGED)/mergekit_config.yml
 	$(BIN)/python examples/answers.py $(MODEL) $(MERGED)
@@ -43,11 +43,27 @@ lint: .venv/ready
 	$(BIN)/ruff format -q --check .
 	$(BIN)/mypy
 
-# What is made from the tables in code: the static text of `methods`, and tables of README and docs.
+# What is made from the tables in code and from the results: the static text of `methods`, tables and a picture of README and docs.
 tables: .venv/ready
 	$(BIN)/python -m mergekit_tspa.commands.method_table
 	$(BIN)/python -m tests.test_docs
 	$(BIN)/python -m tests.adapters.test_table_of_kinds
+	$(BIN)/python benchmarks/figures.py
+
+# The site, in build/site: open build/site/index.html.  Its tools have an environment of their own; it reads the sources, and
+# needs neither torch nor, once that environment is there, a network.
+DOCS := build/docs
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
+
+$(DOCS)/ready: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
+# Runs the tutorial and writes what it prints into its page.
+tutorial: .venv/ready $(MODEL)/config.json
+	$(BIN)/python examples/tutorial.py
 
 clean:
 	rm -rf build dist

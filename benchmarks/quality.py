@@ -1,11 +1,12 @@
 """Held-out losses of merged models, one row a method and one column a set of adapters.
 
-    python benchmarks/quality.py --base MODEL --scorer SCORE.py --adapters DIR [DIR ...] [-n 24] [--methods NAME ...]
+    python benchmarks/quality.py --base MODEL --scorer SCORE.py --adapters DIR [DIR ...] [-n 24] [--methods NAME ...] [--singles]
 
 Each DIR holds one adapter per task.  Losses are kept in --results as they come; an interrupted run goes on where it
 was.  SCORE.py is called as `SCORE.py --base MODEL -n N MERGED..` and prints a JSON
-line with `mean_loss` per merged model, after one for the base; the held-out texts are its own.  Every method of the
-table is run as it is, and some again with a setting that suits them; rows are sorted by the first column.
+line with `mean_loss` and `loss` by task per merged model, after one for the base; the held-out texts are its own.  Every
+method of the table is run as it is, and some again with a setting that suits them; rows are sorted by the first column.
+The base and the single adapters, each on the task of its name, are rows too; with `--singles` they are the only ones.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from mergekit_tspa import METHODS
 
 BATCH = 6  # merged models on disk at a time
+BASE, SINGLE = "base", "single adapter, on its own task"
 SETTINGS = [  # method, weight, parameters
     ("lora_task_arithmetic", 0.5, {}),
     ("lora_task_arithmetic", 0.25, {}),
@@ -72,11 +74,36 @@ def merge(base: Path, adapters: list[Path], out: Path, method: str, weight: floa
     return True
 
 
+def alone(scorer: Path, base: Path, n: int, adapters: list[Path]) -> dict[str, float]:
+    """Mean losses of the base, and of the adapters each on the task that its directory is named after."""
+    command = [
+        sys.executable,
+        scorer,
+        "--base",
+        base,
+        "-n",
+        str(n),
+        "--tasks",
+        ",".join(a.name for a in adapters),
+    ]
+    lines = subprocess.run(
+        [*command, *adapters], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    of_base, *losses = (json.loads(line)["loss"] for line in lines)
+    own = [loss[adapter.name] for adapter, loss in zip(adapters, losses)]
+    return {BASE: sum(of_base.values()) / len(of_base), SINGLE: sum(own) / len(own)}
+
+
 def score(scorer: Path, base: Path, n: int, models: list[Path]) -> list[float]:
     """Mean losses of merged models."""
     command = [sys.executable, scorer, "--base", base, "-n", str(n), *models]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     return [json.loads(line)["mean_loss"] for line in lines[-len(models) :]]
+
+
+def keep(results: Path, losses: dict[str, dict[str, float]]) -> None:
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps(losses, indent=1))
 
 
 def main() -> None:
@@ -89,11 +116,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[])
     parser.add_argument("--results", type=Path, default=Path("build/quality.json"))
     parser.add_argument("-n", type=int, default=24)
+    parser.add_argument("--singles", action="store_true", help="only the base and the single adapters")
     args = parser.parse_args()
-    settings = list(rows(args.methods))
+    settings = [] if args.singles else list(rows(args.methods))
     losses = json.loads(args.results.read_text()) if args.results.exists() else {}  # {set: {label: loss}}
     for folder in args.adapters:
         known = losses.setdefault(folder.name, {})
+        if not {BASE, SINGLE} <= known.keys():
+            known.update(alone(args.scorer, args.base, args.n, sorted(folder.iterdir())))
+            keep(args.results, losses)
         todo = [row for row in settings if label(*row) not in known]
         for batch in (todo[start : start + BATCH] for start in range(0, len(todo), BATCH)):
             with tempfile.TemporaryDirectory() as work:
@@ -104,14 +135,15 @@ def main() -> None:
                 scored = score(args.scorer, args.base, args.n, [out for out, ok in zip(outs, done) if ok])
             merged = [row for row, ok in zip(batch, done) if ok]
             known.update({label(*row): loss for row, loss in zip(merged, scored)})
-            args.results.parent.mkdir(parents=True, exist_ok=True)
-            args.results.write_text(json.dumps(losses, indent=1))
+            keep(args.results, losses)
             print(f"{folder.name}: {len(known)} of {len(settings)}", file=sys.stderr, flush=True)
     names = [folder.name for folder in args.adapters]
     print(f"{date.today()}, {args.n} examples a task\n")
     print(f"| method, weight 1 unless told | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
     first = losses[names[0]]
-    for row in sorted({label(*row) for row in settings} & first.keys(), key=first.__getitem__):
+    for row in sorted(
+        {BASE, SINGLE, *(label(*row) for row in settings)} & first.keys(), key=first.__getitem__
+    ):
         print(f"| {row} | {' | '.join(f'{losses[name][row]:.3f}' for name in names)} |")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_tspa._startup import install
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY = {
     "AttentionGeometry": "mergekit_tspa.base.geometry",

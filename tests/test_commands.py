@@ -212,8 +212,8 @@ def test_a_report_needs_its_extra(adapters, tmp_path, monkeypatch):
     assert not (tmp_path / "report").exists()
 
 
-def test_every_method_is_in_the_table_and_the_readme_has_it():
-    """To renew the README's table: `mergekit-tspa methods --markdown`."""
+def test_every_method_is_in_the_table_and_the_docs_have_it():
+    """To renew the table of docs/methods.md: `make tables`."""
     from mergekit_tspa import METHODS
     from mergekit_tspa.methods.table import markdown, sections
 
@@ -224,7 +224,7 @@ def test_every_method_is_in_the_table_and_the_readme_has_it():
             if rule[2] == "all" or space[0] != "`factor_`":
                 names.add(space[0].strip("`") + rule[0].strip("`").removeprefix("_"))
     assert names == METHODS.keys()
-    assert markdown() in (ROOT / "README.md").read_text()
+    assert markdown() in (ROOT / "docs/methods.md").read_text()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "yaml_examples").glob("*.yml")), ids=lambda p: p.stem)

@@ -293,8 +293,10 @@ def test_adapters_that_are_more_than_factors(gpt2, extra):
     assert_still(before, model)
 
 
-def test_the_readme_s_example(llama, equal_ranks, tmp_path, monkeypatch):
-    (example,) = re.findall(r"```python\n([^`]*add_merged_adapter[^`]*)```", (ROOT / "README.md").read_text())
+def test_the_example_of_the_docs(llama, equal_ranks, tmp_path, monkeypatch):
+    (example,) = re.findall(
+        r"```python\n([^`]*add_merged_adapter[^`]*)```", (ROOT / "docs/recipes.md").read_text()
+    )
     (tmp_path / "adapters").mkdir()
     for name, adapter in zip(("math", "code"), equal_ranks):
         (tmp_path / "adapters" / name).symlink_to(adapter)

@@ -120,7 +120,7 @@ def main() -> None:
 
 @main.command(cls=Command)
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--markdown", is_flag=True, help="As README and docs have it.")
+@click.option("--markdown", is_flag=True, help="As the pages in docs have it.")
 def methods(names: tuple[str, ...], markdown: bool) -> None:
     """Print the table of methods, or all about those called NAME."""
     if not names and not markdown:

@@ -158,7 +158,7 @@ def merge_adapters(
     calibration: Sequence[str | os.PathLike | None] | None = None,
     model: Any = None,
     tokenizer: Any = None,
-    **parameters,
+    **parameters: Any,
 ) -> MergedAdapters:
     """Merge LoRA adapters of one base into one update per module.
 

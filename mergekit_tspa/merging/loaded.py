@@ -31,7 +31,7 @@ def add_merged_adapter(
     method: str = "core_tsv",
     examples: Any = None,
     tokenizer: Any = None,
-    **parameters,
+    **parameters: Any,
 ) -> None:
     """Merge adapters of a model and add the result to it as one more adapter.
 

@@ -1,4 +1,4 @@
-"""The method table as text: what `mergekit-tspa methods` and the README show."""
+"""The method table as text: what `mergekit-tspa methods` and docs/methods.md show."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args, get_origin
