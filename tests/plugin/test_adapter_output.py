@@ -9,6 +9,8 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from mergekit_tspa.commands.main import main
+from mergekit_tspa.merging import memory
+from mergekit_tspa.merging import merge as merging
 from tests.conftest import (
     merge,
     merged_tensors,
@@ -342,3 +344,25 @@ def test_an_adapter_without_what_it_cannot_hold(llama, adapters, tmp_path, caplo
     assert result.exit_code == 1 and "did you mean norms?" in result.output
     only = recipe("lora_task_arithmetic", llama, [saved], parameters={"adapter_leaves_out": "norms"})
     assert adapter_command(only, tmp_path / "only").exit_code == 0
+
+
+def test_memory_bounds_how_many_tensors_are_merged_at_once(llama, adapters, tmp_path, monkeypatch):
+    """It changes no more than rounding, and other merges of the process have the machine's budget again."""
+    asked = []
+    shared = merging.in_threads
+    monkeypatch.setattr(
+        merging,
+        "in_threads",
+        lambda work, items, at_once, done: asked.append(at_once) or shared(work, items, at_once, done),
+    )
+    config = recipe("core_tsv", llama, adapters)
+    before = memory.budget()
+    assert before >= memory.GIB
+    for out, options in (("free", ()), ("little", ("--memory", "0.1"))):
+        result = adapter_command(config, tmp_path / out, *options)
+        assert result.exit_code == 0, result.output
+    assert memory.budget() == before and len(asked) == 2 and asked[0] > asked[1] >= 1
+    free, little = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("free", "little"))
+    for key, tensor in free.items():
+        torch.testing.assert_close(little[key], tensor)
+    assert "0.1" in adapter_command(config, tmp_path / "none", "--memory", "0").output
