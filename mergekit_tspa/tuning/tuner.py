@@ -150,7 +150,8 @@ class Tuner:
     def _screen(self) -> None:
         """The first merge, and every method at its defaults, on the texts of the first round.
 
-        Poor ones are tried again with a shorter update, for which some rules are the best of all.
+        Poor ones are tried again with a shorter update, for which some rules are the best of all.  However
+        little time there is, the first merge is tried, so that there is a result.
         """
         done = [one.spec for one in self.study.tried(SCREEN)]
         specs = [self.start, *(Spec(method.name) for method in self._methods())]
@@ -159,7 +160,7 @@ class Tuner:
         waiting, again = iter(queue), [*done]
 
         def next_job() -> tuple[Spec, Job] | None:
-            if self.clock.left(share) <= 0:
+            if self.clock.left(share) <= 0 and again:
                 return None
             spec = next(waiting, None) or next((one for one in self._shorter() if one not in again), None)
             if spec is None:
