@@ -83,6 +83,7 @@ class Architecture:
         "rope_parameters",
         "rotary_pct",
         "rotary_emb_base",
+        "rotary_dim",
     )  # absent: no RoPE
     rotary_share: tuple[str, ...] = ("partial_rotary_factor", "rotary_pct")  # of a head; absent: all of it
 
@@ -102,6 +103,7 @@ ARCHITECTURES = (
     Architecture("glm", interleaved_rope=True),
     Architecture("glm4", interleaved_rope=True),
     Architecture("gptj", interleaved_rope=True),
+    Architecture("codegen", interleaved_rope=True),
 )
 _USUAL = Architecture("")
 

@@ -67,13 +67,13 @@ class AttentionGeometry(NamedTuple):
         n_kv_heads = first(architecture.n_kv_heads) or n_heads
         head_dim = first(architecture.head_dim) or first(architecture.width) // n_heads
         rope = first(("rope_parameters", "rope_scaling")) or {}
-        if first(architecture.rope) is None:
-            rotary_dim = 0
-        elif architecture.interleaved_rope:
+        if architecture.interleaved_rope:
             rotary_dim = None
+        elif first(architecture.rope) is None:
+            rotary_dim = 0
         else:
             share = first(architecture.rotary_share) or rope.get("partial_rotary_factor") or 1
-            rotary_dim = int(head_dim * share)
+            rotary_dim = first(("rotary_dim",)) or int(head_dim * share)
         return cls(n_heads, n_kv_heads, head_dim, rotary_dim, architecture.fused, bool(architecture.conv1d))
 
     def rows(self, role: str) -> Tensor:

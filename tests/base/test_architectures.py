@@ -57,7 +57,9 @@ def test_an_architecture_is_one_row(monkeypatch):
             {"num_attention_heads": 4, "hidden_size": 32, "rope_parameters": {"partial_rotary_factor": 0.5}},
             (4, 4, 8, 4, None, False),
         ),
-        ({"model_type": "gptj", "n_head": 4, "n_embd": 32, "rope_theta": 1e4}, (4, 4, 8, None, None, False)),
+        ({"model_type": "gptj", "n_head": 4, "n_embd": 32, "rotary_dim": 4}, (4, 4, 8, None, None, False)),
+        ({"model_type": "codegen", "n_head": 4, "n_embd": 32}, (4, 4, 8, None, None, False)),
+        ({"num_attention_heads": 4, "hidden_size": 32, "rotary_dim": 4}, (4, 4, 8, 4, None, False)),
         (
             {"text_config": {"num_attention_heads": 2, "hidden_size": 8, "rope_theta": 1}},
             (2, 2, 4, 4, None, False),
