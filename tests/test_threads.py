@@ -1,6 +1,7 @@
 """Independent work is shared out among threads, and given back in order."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_an_error_ends_the_work():
     def work(item):
         if item == 2:
             raise ValueError("two")
+        time.sleep(0.01)  # so that the error is heard long before the last item
         done.append(item)
         return item
 
