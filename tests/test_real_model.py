@@ -17,11 +17,17 @@ MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
 ADAPTERS = [f"examples/adapters/{task}" for task in ("math", "code", "safety", "roleplay")]
 
 RECIPES = sorted(file.stem for file in (ROOT / "yaml_examples").glob("*.yml") if file.stem != "multi")
-# The longest of all, and near relatives of `tspa` and `tspa_attention`.
-RECIPES = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("tspa_pairwise", "tspa_paper") else name
-    for name in RECIPES
-]
+# The longest of all, each of which has a near relative among the others.
+LONGEST = (
+    "tspa_pairwise",
+    "tspa_paper",
+    "lora_pcb",
+    "lora_emr",
+    "knots_ties",
+    "factor_ties",
+    "lora_dare_ties",
+)
+RECIPES = [pytest.param(name, marks=pytest.mark.slow) if name in LONGEST else name for name in RECIPES]
 # Mean answer loss on held-out examples of the four tasks, 24 each, at most; the base has 1.629.  The examples are not
 # part of this project: point MERGEKIT_TSPA_SCORER to a scorer that prints a JSON line with `mean_loss` per model.
 SCORER = os.environ.get("MERGEKIT_TSPA_SCORER")
