@@ -623,13 +623,24 @@ READINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "stage 1, rate .01": ("tspa_attention", {"attention_lr": 0.01}),
     "stage 2, 100 steps": ("tspa_lora", {"lora_steps": 100}),
     "stage 2, rate .005": ("tspa_lora", {"lora_lr": 0.005}),
+    # of readings.py
+    "both, scales of stage 1 fixed": ("tspa, scales 1", {}),
+    "both, scales of stage 1 free": ("tspa, scales free", {}),
+    "stage 1, scales fixed": ("tspa_attention, scales 1", {}),
+    "stage 1, scales free": ("tspa_attention, scales free", {}),
+    "both, query and key alone": ("tspa, query and key", {}),
+    "both, output and value alone": ("tspa, output and value", {}),
+    "stage 1, query and key alone": ("tspa_attention, query and key", {}),
+    "stage 1, output and value alone": ("tspa_attention, output and value", {}),
+    "both, norm of the adapters restored": ("tspa, norm restored", {}),
+    "stage 1, norm of the adapters restored": ("tspa_attention, norm restored", {}),
+    "stage 1, products summed": ("tspa_attention, products summed", {}),
+    "stage 1, products summed, .4 of the result": ("tspa_attention, products summed", {"lambda": 0.4}),
 }
 NOT_TRIED = (
-    "scales fixed at 1",
     "one rotation for each head in place of one for each key/value group",
-    "query and key, or value and output, alone",
     "stage 2 before stage 1",
-    "a result of stage 1 that is rescaled before stage 2",
+    "scales of stage 2 fixed at 1",
     "rotations on the other side of the product",
 )
 
@@ -656,7 +667,7 @@ def _order() -> Claim:
             )
         ),
         details=True,
-        note="Not tried, because there is no parameter for it: " + "; ".join(NOT_TRIED) + ".",
+        note="Not tried: " + "; ".join(NOT_TRIED) + ".",
     )
 
 
@@ -667,7 +678,7 @@ LAMBDAS: dict[str, tuple[float, ...]] = {
     "ties": (1.0, 1.5),
     "dare_ties": (1.0, 1.5),
     "tsv": (0.6, 1.0, 1.4),
-    "iso": (0.5, 1.0, 2.0),
+    "iso": (1.0, 2.0, 3.0, 4.0),
 }
 DENSITIES: dict[str, tuple[float, ...]] = {"ties": (0.2, 0.5), "dare_ties": (0.5, 0.8)}
 SPACE = {"task_arithmetic": "core", "ties": "lora", "dare_ties": "lora", "tsv": "core", "iso": "core"}

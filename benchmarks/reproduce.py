@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import readings
 from benchmarks.claims import (
     CLAIMS,
     EIGHT,
@@ -117,7 +118,8 @@ class Reader(Scorer):
 def merge(own: Row, adapters: list[Path], base: Path) -> Any:
     parameters = dict(own.parameters)
     weight = parameters.pop("weight", 1.0)
-    return merge_adapters(own.method, adapters, [weight] * len(adapters), base=base, **parameters)
+    with readings.known():
+        return merge_adapters(own.method, adapters, [weight] * len(adapters), base=base, **parameters)
 
 
 def measure(own: Row, reader: Reader, adapters: list[Path], base: Path) -> dict[str, Any]:
@@ -313,8 +315,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def save(path: Path, records: Mapping[str, Any]) -> None:
+    """Beside what another run has kept since."""
+    records = {**load(path), **records}
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
+    new = path.with_suffix(f".{os.getpid()}")
     new.write_text(json.dumps(records))
     os.replace(new, path)
 

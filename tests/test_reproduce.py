@@ -27,6 +27,7 @@ from benchmarks.claims import (
     tuned,
     verdict,
 )
+from benchmarks.readings import READINGS
 from benchmarks.reproduce import anchor, cell, details, missing, pages, wanted
 from mergekit_tspa import METHODS
 from mergekit_tspa.scoring.losses import Interval, TextLoss
@@ -155,11 +156,12 @@ def test_claims_can_be_run(claim):
     """Methods have the parameters, and no two comparisons read the same."""
     assert bool(claim.untestable) != bool(claim.decided_by)
     assert len({str(comparison) for comparison in claim.decided_by}) == len(claim.decided_by)
+    known = METHODS | READINGS
     for entry in claim.entries():
         for own in entry.candidates if isinstance(entry, Tuned) else (entry,):
-            if own.method in METHODS:
+            if own.method in known:
                 given = {key: value for key, value in own.parameters if key not in ("weight", "n")}
-                METHODS[own.method].bind(given)
+                known[own.method].bind(given)
             else:
                 assert own.method in ("base", "single", "emr of each task")
 
