@@ -47,9 +47,11 @@ from benchmarks.examples import Losses, Scorer, rows_of
 from mergekit_tspa import merge_adapters
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.calibration.load import load_tokenizer
+from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.finish import Dora
 from mergekit_tspa.scoring.losses import Interval, mean_loss
-from mergekit_tspa.updates import LoraFactors, LowRank
+from mergekit_tspa.scoring.placement import Placement, placed
+from mergekit_tspa.updates import Dense, LowRank
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ROOT / "build/reproduce"
@@ -101,18 +103,14 @@ class Reader(Scorer):
             texts |= self.other
         if own.method == "single":
             return self._losses(texts, lambda batch: self.singles.alone(batch.parts))
-        named = {
-            f"{module}.weight": self._low_rank(module, update) for module, update in (updates or {}).items()
-        }
-        return self._losses(texts, lambda batch: self.singles.merged(named))
-
-    def _low_rank(self, module: str, update: Any) -> LoraFactors:
-        """What the update adds to the base's tensor; where it is no product, times the identity."""
-        if isinstance(update, LowRank):
-            return update
-        W = self.tensors[f"{module}.weight"].float() if isinstance(update, Dora) else None
-        dW = update.dense() if W is None else update.apply_to(W) - W
-        return LowRank(dW, torch.eye(dW.shape[1]))
+        placement = Placement()
+        for module, update in (updates or {}).items():
+            name = f"{module}.weight"
+            if isinstance(update, LowRank):
+                placement.beside[name] = update
+            else:
+                placement.values[name] = update.apply_to(self.tensors[name].float())
+        return self._losses(texts, lambda batch: placed(self.singles, placement))
 
 
 def merge(own: Row, adapters: list[Path], base: Path) -> Any:
@@ -167,7 +165,7 @@ def rebuilt_by_emr(own: Row, reader: Reader, adapters: list[Path], base: Path) -
             M = update.dense()
             kept = uni[module] * (M * uni[module] > 0)
             scale = M.abs().sum() / kept.abs().sum().clamp_min(torch.finfo(M.dtype).tiny)
-            updates[module] = LowRank(kept * scale, torch.eye(kept.shape[1]))
+            updates[module] = Dense(kept * scale)
         losses |= reader.read(own._replace(tasks=(task,)), updates)
     return losses
 
@@ -280,11 +278,12 @@ def run(args: argparse.Namespace) -> None:
     book = Book(records, args.n)
     claims = chosen(args.only)
     absent: set[str] = set()
+    refused: set[Row] = set()
     loaded: tuple[str, Reader | None] = ("", None)
     while claims:
         claims.sort(key=lambda claim: costs(claim, book))
         claim = claims[0]
-        rows = [own for own in missing(claim, book) if own.set not in absent]
+        rows = [own for own in missing(claim, book) if own.set not in absent and own not in refused]
         if not rows:
             claims.pop(0)
             continue
@@ -296,15 +295,20 @@ def run(args: argparse.Namespace) -> None:
             continue
         if time.monotonic() > end:
             break
-        if own.split == "time":
-            records[own.key(args.n)] = timed(own, adapters, args.base)
-        else:
-            if loaded[0] != own.set:
-                whole = sets.paths(Row(own.set, "single"))
-                assert whole is not None
-                loaded = (own.set, Reader(args.base, args.data, whole, args.n))
-            assert loaded[1] is not None
-            records[own.key(args.n)] = measure(own, loaded[1], adapters, args.base)
+        try:
+            if own.split == "time":
+                records[own.key(args.n)] = timed(own, adapters, args.base)
+            else:
+                if loaded[0] != own.set:
+                    whole = sets.paths(Row(own.set, "single"))
+                    assert whole is not None
+                    loaded = (own.set, Reader(args.base, args.data, whole, args.n))
+                assert loaded[1] is not None
+                records[own.key(args.n)] = measure(own, loaded[1], adapters, args.base)
+        except InputError as error:
+            print(f"{own.key(args.n)}: {error}", file=sys.stderr)
+            refused.add(own)
+            continue
         save(args.results, records)
         print(f"{claim.name}: {own.key(args.n)}", file=sys.stderr, flush=True)
 
