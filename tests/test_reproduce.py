@@ -1,0 +1,172 @@
+"""What `benchmarks/reproduce.py` makes of losses; no model is read here."""
+
+import pytest
+
+from benchmarks.claims import (
+    CLAIMS,
+    FOUR,
+    Alike,
+    Better,
+    Book,
+    Claim,
+    GrowsLess,
+    NotRun,
+    NotWorse,
+    Outcome,
+    Row,
+    Tuned,
+    Unharmed,
+    Within,
+    entries,
+    loss_difference,
+    measured,
+    name,
+    outcome,
+    references,
+    row,
+    tuned,
+    verdict,
+)
+from benchmarks.readings import READINGS
+from benchmarks.reproduce import anchor, cell, details, missing, pages, wanted
+from mergekit_tspa import METHODS
+from mergekit_tspa.scoring.losses import Interval, TextLoss
+
+N = 40
+GOOD, POOR, SAME = row("r8-qv", "core_tsv"), row("r8-qv", "lora_ties"), row("r8-qv", "lora_pcb")
+
+
+def texts(loss, step=0.0):
+    """Losses of texts of ten tokens, some above and some below the mean."""
+    return [[10 * loss + step * (-1) ** i * (1 + i % 3), 10] for i in range(N)]
+
+
+def losses(loss, tasks=FOUR, step=0.0):
+    return {"losses": {task: texts(loss, step) for task in tasks}, "seconds": 2.0, "megabytes": 8.0}
+
+
+def book(**more):
+    """The base has 2 nats a token, single adapters 1."""
+    records = {}
+    for reference, loss in zip(references(GOOD), (2.0, 1.0)):
+        records[reference.key(N)] = losses(loss, (*FOUR, "general", "tool"))
+        train = reference._replace(split="train")
+        records[train.key(N)] = losses(loss)
+    records[GOOD.key(N)] = losses(1.2)
+    records[POOR.key(N)] = losses(1.6)
+    records[SAME.key(N)] = losses(1.2, step=0.8)
+    return Book(records | more, N)
+
+
+def test_share_and_difference():
+    assert book().share(GOOD).value == pytest.approx(0.8)
+    assert book().share(Row("r8-qv", "base", split="dev and rest")).value == 0
+    assert book().difference(GOOD, POOR).value == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    "comparison, expected",
+    [
+        (Better(GOOD, POOR), Outcome.YES),
+        (Better(POOR, GOOD), Outcome.NO),
+        (Better(GOOD, SAME), Outcome.NONE),
+        (Alike(GOOD, SAME), Outcome.YES),
+        (Alike(GOOD, POOR), Outcome.NO),
+        (NotWorse(GOOD, SAME), Outcome.YES),
+        (NotWorse(POOR, GOOD), Outcome.NO),
+        (Within((GOOD, SAME), 0.1), Outcome.YES),
+        (Within((GOOD, POOR), 0.1), Outcome.NO),
+    ],
+)
+def test_comparisons(comparison, expected):
+    assert comparison.outcome(book()) is expected
+
+
+def test_what_happens_to_the_rest_of_the_texts():
+    rest = row("r8-qv", "tspa", split="dev and rest")
+    harmed, unharmed = (losses(loss, (*FOUR, "general")) for loss in (2.5, 1.9))
+    assert Unharmed(rest, "general").outcome(book(**{rest.key(N): harmed})) is Outcome.NO
+    assert Unharmed(rest, "general").outcome(book(**{rest.key(N): unharmed})) is Outcome.YES
+
+
+def test_growth():
+    few, many, more = (row("r8-qv", "tspa", split="time", n=n) for n in (2, 8, 9))
+    seconds = {few.key(N): {"seconds": 1.0}, many.key(N): {"seconds": 4.0}, more.key(N): {"seconds": 9.0}}
+    assert GrowsLess((few, many), (few, more)).outcome(Book(seconds, N)) is Outcome.YES
+    assert GrowsLess((few, more), (few, many)).outcome(Book(seconds, N)) is Outcome.NO
+
+
+def test_a_difference_inside_its_interval_is_none():
+    assert outcome(Interval(0.1, -0.01, 0.2)) is Outcome.NONE
+    one, other = ([TextLoss(*text) for text in texts(loss)] for loss in (1.5, 1.2))
+    found = loss_difference(one, other)
+    assert (found.value, found.low, found.high) == pytest.approx((0.3, 0.3, 0.3))
+
+
+@pytest.mark.parametrize(
+    "outcomes, word",
+    [
+        ("YES YES", "holds"),
+        ("YES NONE", "holds in part"),
+        ("YES NO", "holds in part"),
+        ("NONE NO", "does not hold"),
+    ],
+)
+def test_one_word(outcomes, word):
+    found = {f"comparison {i}": Outcome[kind] for i, kind in enumerate(outcomes.split())}
+    assert verdict(found).word == word
+
+
+def test_what_is_tuned_is_chosen_on_one_split_and_reported_on_the_other():
+    best = tuned("r8-qv", "lora_ties", density=[0.1, 0.5])
+    first, second = best.candidates
+    found = book(**{first.key(N): losses(1.1), second.key(N): losses(1.5)})
+    with pytest.raises(NotRun):
+        found.share(best)
+    assert [*wanted(best, found)] == [first._replace(split="dev")]
+    found.records[first._replace(split="dev").key(N)] = losses(1.7)
+    assert found.share(best).value == pytest.approx(0.3)
+    assert cell(best, found).endswith("density 0.1")
+    assert not [*wanted(best, found)]
+
+
+def test_references_come_before_the_row():
+    assert [*wanted(GOOD, Book({}, N))] == [*references(GOOD), GOOD]
+    claim = Claim("one", "", "", decided_by=(Better(GOOD, POOR),))
+    assert not missing(claim, book())
+    assert claim.judged(book()).word == "holds"
+
+
+def test_a_missing_row_is_no_guess():
+    claim = Claim("one", "", "", decided_by=(Better(GOOD, POOR), Better(GOOD, row("r8-qv", "tspa"))))
+    found = claim.judged(book())
+    assert found.word == "not run" and "1 of 3 rows" in found.sentence and "1 of 1" in found.sentence
+    assert cell(row("r8-qv", "tspa"), book()) == details(row("r8-qv", "tspa"), book())[0] == "not run"
+
+
+def test_the_page_has_all_claims():
+    page = "\n".join(pages(book()))
+    for claim in CLAIMS:
+        assert f"\n## {claim.name}\n" in page and f"(#{anchor(claim.name)})" in page
+    assert "not testable here" in page and "A first look" in page
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
+def test_claims_can_be_run(claim):
+    """Methods have the parameters, and no two comparisons read the same."""
+    assert bool(claim.untestable) != bool(claim.decided_by)
+    assert len({str(comparison) for comparison in claim.decided_by}) == len(claim.decided_by)
+    known = METHODS | READINGS
+    for entry in claim.entries():
+        for own in entry.candidates if isinstance(entry, Tuned) else (entry,):
+            if own.method in known:
+                given = {key: value for key, value in own.parameters if key not in ("weight", "n")}
+                known[own.method].bind(given)
+            else:
+                assert own.method in ("base", "single", "emr of each task")
+
+
+def test_names():
+    assert name(tuned("r8-qv", "svd_cur", k=[0], gamma=[0.5, 1.0])) == "`svd_cur` (k 0, tuned, r8-qv)"
+    assert [*entries(Within((GOOD, POOR), 0.1))] == [GOOD, POOR]
+    assert measured(GOOD, book()) and not measured(row("r8-qv", "tspa"), book())
