@@ -37,9 +37,8 @@ class OnDisk:
     stamp: _Stamp
     make: Callable[[Tensor], Tensor] | None = None
     shape: tuple[int, ...] = ()  # of what is made
-    last: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # the tensor that parts were last made of, by its key
+    # Of its file the two tensors that parts were last made of, such as experts' `B` and `A`, by their keys.
+    last: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def ndim(self) -> int:
@@ -60,7 +59,8 @@ class OnDisk:
         whole = self.last.get(self.key)
         if whole is None:  # parts of a tensor are asked for one after the other, such as its experts
             whole = self._read()
-            self.last.clear()
+            for older in [*self.last][:-1]:
+                self.last.pop(older, None)  # another thread may have done so
             self.last[self.key] = whole
         return self.make(whole)
 
@@ -141,6 +141,7 @@ def open_tensors(file: Path) -> dict[str, Factor]:
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
             found: dict[str, Factor] = {}
+            last: dict[str, Tensor] = {}
             keys = opened.keys()  # what is opened is no mapping
             for key in keys:
                 check_name(key, file)
@@ -150,7 +151,7 @@ def open_tensors(file: Path) -> dict[str, Factor]:
                     found[key] = opened.get_tensor(key).clone()
                     continue
                 start = 8 + size + entry["data_offsets"][0]
-                found[key] = OnDisk(file.absolute(), key, start, shape, dtype, stamp, shape=shape)
+                found[key] = OnDisk(file.absolute(), key, start, shape, dtype, stamp, shape=shape, last=last)
             return found
 
 

@@ -52,6 +52,21 @@ def test_parts_of_one_matrix_read_it_once(file, monkeypatch):
     assert reads == ["half"]
 
 
+def test_what_parts_were_made_of_is_let_go(tmp_path, monkeypatch):
+    """Experts ask for their parts of `B` and `A` in turn; no more than these two stay in memory."""
+    names = [f"{i}.{side}" for i in range(5) for side in "AB"]
+    save_file({name: torch.randn(4, 4) for name in names}, file := tmp_path / "packed.safetensors")
+    found, reads, whole = open_tensors(file), [], OnDisk._read
+    monkeypatch.setattr(OnDisk, "_read", lambda self: reads.append(self.key) or whole(self))
+    for i in range(5):
+        for row in range(4):
+            for side in "AB":
+                rows_of(found[f"{i}.{side}"], slice(row, row + 1)).read()
+    assert reads == names
+    kept = {id(tensor) for factor in found.values() for tensor in factor.last.values()}
+    assert len(kept) == 2
+
+
 @pytest.mark.parametrize("how", ["cut", "written", "replaced", "removed"])
 def test_a_file_that_changes_is_named(adapters, tmp_path, how):
     """Also one that is cut, which would end a process that has mapped it."""
