@@ -1,8 +1,7 @@
 """Independent work on tensors, in as many threads as torch uses."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -39,7 +38,10 @@ def in_threads(
         with torch.no_grad():  # which each thread has to say for itself
             return work(item)
 
-    with _shared(threads, workers) as pool:
+    # The number of torch's threads is one of each thread: that which asks keeps its own.
+    with ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
+    ) as pool:
         try:
             for result in pool.map(without_gradients, items):
                 results.append(result)
@@ -48,15 +50,3 @@ def in_threads(
             pool.shutdown(cancel_futures=True)
             raise
     return results
-
-
-@contextmanager
-def _shared(threads: int, workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads share those of torch; afterwards the thread that asks has all of them again."""
-    try:
-        with ThreadPoolExecutor(
-            workers, initializer=torch.set_num_threads, initargs=(threads // workers,)
-        ) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)

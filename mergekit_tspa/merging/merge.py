@@ -85,20 +85,20 @@ def merge_chunk(
     Args:
         grams: of the chunk's pairs, side x then side y of each
     """
+    reports: Sequence[Report | Truncation] = ()
     if method.tensor_by_tensor:
         sized = _tensor_by_tensor(method, chunk, survey, device, progress)
     else:
         inputs = [load_tensor(method, plan, device)._replace(survey=survey) for plan in chunk.tensors]
         pairs = [Pair(*parts) for parts in zip(chunk.pairs, grams[::2], grams[1::2])]
         merged = method.merge([w for w in inputs if w.factors], pairs, progress)
-        made = iter(merged.updates)
+        made, reports = iter(merged.updates), merged.reports
         sized = [
             _sized(method, plan, w, next(made) if w.factors else None, device)
             for plan, w in zip(chunk.tensors, inputs)
         ]
     _warn_of_zeros(chunk.tensors, [present for *_, present in sized])
     kept = {plan.name: share for plan, (_, share, _) in zip(chunk.tensors, sized) if share is not None}
-    reports = [] if method.tensor_by_tensor else merged.reports
     return [update for update, *_ in sized], [*reports, Truncation(kept)] if kept else reports
 
 

@@ -126,7 +126,8 @@ def record_in_space(space: Space, rule: Rule, wanted: Statistics, w: TensorInput
     coordinates = space.coordinates(w.factors, w.parameters)
     (part,) = coordinates.parts(w.factors, w.weights)
     scale = _statistics(wanted, rule, w, _counted(space, part, w.factors))[:, 0] * w.parameters.lambda_
-    kept = record(part.factors, scale.new_tensor(part.weights), scale)
+    factors = [f.to(torch.float32) for f in part.factors]  # as the rule sees them
+    kept = record(factors, scale.new_tensor(part.weights), scale)
     return kept | {name: side.float() for name, side in coordinates.sides().items()}
 
 

@@ -404,10 +404,8 @@ class Tuner:
             )
         elif left_out := self._left_out(tried):
             why = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        elif self.interrupted:
+        else:  # the first merge is tried however little time there is
             why = "the search was interrupted before its first trial was over; let it run longer"
-        else:
-            why = "there was no time for a trial; give more minutes"
         return InputError(f"no merge was found: {why}")
 
     def _paced(self, job: Job, seconds: float) -> None:
