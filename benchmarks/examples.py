@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,21 @@ def examples_of(data: Path, task: str, texts: int | str) -> Any:
     return [{"prompt": row["p"]} | ({} if prompts else {"completion": row["a"]}) for row in rows]
 
 
+@lru_cache
+def model_of(base: Path, device: str) -> Any:
+    """The base in float32, which all sets of adapters share."""
+    return load_model(base, device=device)
+
+
 class Scorer:
     """The base with a set of adapters, and the dev texts."""
 
-    def __init__(self, base: Path, data: Path, adapters: list[Path], n: int):
+    def __init__(self, base: Path, data: Path, adapters: list[Path], n: int, device: str = "cpu"):
         tokenizer = load_tokenizer(base)
         self.adapters = adapters
         tensors = ModelTensors.of(str(base), Checkpoint(base))
         self.singles = Singles(
-            load_model(base), tensors, [read_adapter(path, path.name) for path in adapters]
+            model_of(base, device), tensors, [read_adapter(path, path.name) for path in adapters]
         )
         tasks = [path.name for path in adapters]
         others = [name for name in ("general", "tool") if name not in tasks]
@@ -116,7 +123,7 @@ class Scorer:
             with reading(batch):
                 logits = answer_logits(self.singles, batch)
             tokens = [example.tokens[example.start :] for example in batch.examples]
-            ids = torch.tensor([token for own in tokens for token in own])
+            ids = torch.tensor([token for own in tokens for token in own], device=logits.device)
             losses = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
             split = losses.split([len(own) for own in tokens])
             for task, part in batch.parts:
@@ -154,6 +161,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--adapters", type=Path, nargs="+", required=True)
     parser.add_argument("-n", type=int, default=24)
+    parser.add_argument("--device", default="cpu", help="that merges and reads")
     parser.add_argument("--only", nargs="*", help="labels")
     parser.add_argument("--results", type=Path, default=Path("build/examples.json"))
     args = parser.parse_args()
@@ -165,12 +173,14 @@ def main() -> None:
         for label, (method, texts, parameters) in CASES.items():
             if label in own["merges"] or (args.only and label not in args.only):
                 continue
-            scorer = scorer or Scorer(args.base, args.data, adapters, args.n)
+            scorer = scorer or Scorer(args.base, args.data, adapters, args.n, args.device)
             if "base" not in own:
                 own["base"], own["single"] = scorer.base(), scorer.single()
             examples = [examples_of(args.data, path.name, texts) for path in adapters] if texts else None
             start = time.perf_counter()
-            updates = merge_adapters(method, adapters, base=args.base, examples=examples, **parameters)
+            updates = merge_adapters(
+                method, adapters, base=args.base, device=args.device, examples=examples, **parameters
+            )
             seconds = time.perf_counter() - start
             if method == "fisher":
                 updates = {module: update.truncated(update.rank) for module, update in updates.items()}

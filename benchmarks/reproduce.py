@@ -1,14 +1,16 @@
 """The papers, claim by claim: measures what decides each claim of `claims.py`, and writes docs/reproduction.md.
 
     python benchmarks/reproduce.py plan  [-n 64] [--only CLAIM ...]
-    python benchmarks/reproduce.py train --trainer TRAINER.py --base MODEL [--only SET ...] [--minutes M]
+    python benchmarks/reproduce.py train --trainer TRAINER.py --base MODEL [--only SET ...] [--minutes M] [--workers W]
     python benchmarks/reproduce.py run   --base MODEL --data DIR --adapters DIR [-n 64] [--only CLAIM ...] [--minutes M]
+                                         [--workers W] [--device cuda]
     python benchmarks/reproduce.py page  [-n 64]
 
 `--adapters` has a directory for each set of adapters, with one adapter a task in it; sets that are missing there are
 trained into build/reproduce/sets.  DIR of `--data` has `TASK.train.jsonl` and `TASK.dev.jsonl`, as `examples.py` wants
 them.  Every merge is kept in build/reproduce/rows.json as it is measured, and an interrupted run goes on where it was;
 claims that need the least come first.  CLAIM is the beginning of a claim's name, such as `Table 1` or `CtM`.
+Workers are processes that measure rows side by side, on one GPU too; what measures time waits until they are done.
 """
 
 import argparse
@@ -19,11 +21,14 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import date
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -66,11 +71,10 @@ WITH_REST = {
 }
 
 
-class Sets:
+class Sets(NamedTuple):
     """Where the sets of adapters are."""
 
-    def __init__(self, *folders: Path):
-        self.folders = folders
+    folders: tuple[Path, ...]
 
     def paths(self, own: Row) -> list[Path] | None:
         """The adapters of a row, or None if one is missing."""
@@ -87,8 +91,9 @@ class Sets:
 class Reader(Scorer):
     """The base with one set of adapters, and the texts of both splits."""
 
-    def __init__(self, base: Path, data: Path, adapters: list[Path], n: int):
-        super().__init__(base, data, adapters, n)
+    def __init__(self, base: Path, data: Path, adapters: list[Path], n: int, device: str = "cpu"):
+        super().__init__(base, data, adapters, n, device)
+        self.device = device
         tokenizer = load_tokenizer(base)
         self.train = {
             task: self._encode(tokenizer, rows_of(data, task, "train", TUNING_TEXTS)) for task in self.own
@@ -109,15 +114,15 @@ class Reader(Scorer):
             if isinstance(update, LowRank):
                 placement.beside[name] = update
             else:
-                placement.values[name] = update.apply_to(self.tensors[name].float())
+                placement.values[name] = update.apply_to(self.tensors[name].float()).to(self.device)
         return self._losses(texts, lambda batch: placed(self.singles, placement))
 
 
-def merge(own: Row, adapters: list[Path], base: Path) -> Any:
+def merge(own: Row, adapters: list[Path], base: Path, device: str = "cpu") -> Any:
     parameters = dict(own.parameters)
-    weight = parameters.pop("weight", 1.0)
+    weights = [parameters.pop("weight", 1.0)] * len(adapters)
     with readings.known():
-        return merge_adapters(own.method, adapters, [weight] * len(adapters), base=base, **parameters)
+        return merge_adapters(own.method, adapters, weights, base=base, device=device, **parameters)
 
 
 def measure(own: Row, reader: Reader, adapters: list[Path], base: Path) -> dict[str, Any]:
@@ -126,10 +131,10 @@ def measure(own: Row, reader: Reader, adapters: list[Path], base: Path) -> dict[
         return {"losses": reader.read(own)}
     if own.method == EMR:
         return {"losses": rebuilt_by_emr(own, reader, adapters, base)}
-    start = time.perf_counter()
-    updates = merge(own, adapters, base)
-    seconds = time.perf_counter() - start
-    found: dict[str, Any] = {"seconds": seconds, "losses": reader.read(own, updates)}
+    updates = merge(own, adapters, base, reader.device)
+    found: dict[str, Any] = {"losses": reader.read(own, updates)}
+    if own.split == "train":
+        return found
     found["stages"] = {
         report.stage: [float(report.start.sum()), float(report.end.sum())]
         for report in updates.reports
@@ -137,17 +142,17 @@ def measure(own: Row, reader: Reader, adapters: list[Path], base: Path) -> dict[
     }
     if not any(isinstance(update, Dora) for update in updates.values()):
         found["rank"] = max(update.rank for update in updates.values())
-        found |= lengths(updates, merge_adapters("lora_mean", adapters, base=base))
+        found |= lengths(updates, merge_adapters("lora_mean", adapters, base=base), reader.device)
     return found
 
 
 @torch.no_grad()
-def lengths(updates: Mapping[str, Any], mean: Mapping[str, Any]) -> dict[str, float]:
+def lengths(updates: Mapping[str, Any], mean: Mapping[str, Any], device: str = "cpu") -> dict[str, float]:
     """`||M|| / ||mean||` and `||M - mean|| / ||mean||` over all tensors."""
-    squares = torch.zeros(3, dtype=torch.float64)
+    squares = torch.zeros(3, dtype=torch.float64, device=device)
     for module, update in updates.items():
-        M, D = update.dense().double(), mean[module].dense().double()
-        squares += torch.stack([M.square().sum(), (M - D).square().sum(), D.square().sum()])
+        M, D = (type(dW)(*(part.to(device) for part in dW)).dense() for dW in (update, mean[module]))
+        squares += torch.stack([own.double().square().sum() for own in (M, M - D, D)])
     norm, distance, unit = squares.sqrt().tolist()
     return {"norm": norm / unit, "distance": distance / unit}
 
@@ -258,59 +263,102 @@ def plan(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * args.minutes
-    for name, found in SETS.items():
-        if not found.training or (args.only and name not in args.only):
-            continue
-        for task in found.tasks:
-            out = OWN / "sets" / name / task
-            if (out / "adapter_config.json").exists():
-                continue
-            if time.monotonic() > end:
-                return
-            command = [sys.executable, args.trainer, "--base", args.base, "--task", task, "--out", out]
-            subprocess.run([*command, *found.training], check=True)
+
+    def make(adapter: tuple[str, str]) -> None:
+        name, task = adapter
+        out = OWN / "sets" / name / task
+        if (out / "adapter_config.json").exists() or time.monotonic() > end:
+            return
+        command = [sys.executable, args.trainer, "--base", args.base, "--task", task, "--out", out]
+        subprocess.run([*command, *SETS[name].training], check=True)
+
+    wanted = [name for name, found in SETS.items() if found.training and name in (args.only or SETS)]
+    with ThreadPoolExecutor(args.workers) as pool:
+        for _ in pool.map(make, [(name, task) for name in wanted for task in SETS[name].tasks]):
+            pass
 
 
 def run(args: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * args.minutes
-    sets = Sets(args.adapters, OWN / "sets")
+    sets = Sets((args.adapters, OWN / "sets"))
     records = load(args.results)
     book = Book(records, args.n)
-    claims = chosen(args.only)
-    absent: set[str] = set()
-    refused: set[Row] = set()
-    loaded: tuple[str, Reader | None] = ("", None)
-    while claims:
-        claims.sort(key=lambda claim: costs(claim, book))
-        claim = claims[0]
-        rows = [own for own in missing(claim, book) if own.set not in absent and own not in refused]
-        if not rows:
-            claims.pop(0)
-            continue
-        own = rows[0]
-        adapters = sets.paths(own)
+    context = Context(args.base, args.data, args.n, args.device, sets)
+    done: set[Row] = set()
+    with _pool(args.workers, context) as pool:
+        while rows := [own for own in due(chosen(args.only), book) if own not in done]:
+            for own, found in pool(rows):
+                done.add(own)
+                if isinstance(found, str):
+                    print(f"{own.key(args.n)}: {found}", file=sys.stderr)
+                else:
+                    records[own.key(args.n)] = found | {"machine": machine(own, args.device)}
+                    save(args.results, records)
+                    print(own.key(args.n), file=sys.stderr, flush=True)
+                if time.monotonic() > end:
+                    return
+
+
+def machine(own: Row, device: str) -> str:
+    if device == "cpu" or own.split == "time":
+        return f"{platform.machine()}, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device)
+
+
+def due(claims: Iterable[Claim], book: Book) -> list[Row]:
+    """What is missing, those first that the claims with the least to do want, and last what measures time."""
+    rows: dict[Row, None] = {}
+    for claim in sorted(claims, key=lambda claim: costs(claim, book)):
+        rows |= dict.fromkeys(missing(claim, book))
+    untimed = [own for own in rows if own.split != "time"]
+    return untimed or [*rows]
+
+
+class Context(NamedTuple):
+    """What a row is measured with, beside its own set."""
+
+    base: Path
+    data: Path
+    n: int
+    device: str
+    sets: Sets
+
+    def measure(self, own: Row) -> tuple[Row, dict[str, Any] | str]:
+        """A row and what was found, or why it could not be measured."""
+        adapters = self.sets.paths(own)
         if adapters is None:
-            print(f"{own.set}: there are no such adapters; `train` makes them", file=sys.stderr)
-            absent.add(own.set)
-            continue
-        if time.monotonic() > end:
-            break
+            return own, f"{own.set}: there are no such adapters; `train` makes them"
         try:
             if own.split == "time":
-                records[own.key(args.n)] = timed(own, adapters, args.base)
-            else:
-                if loaded[0] != own.set:
-                    whole = sets.paths(Row(own.set, "single"))
-                    assert whole is not None
-                    loaded = (own.set, Reader(args.base, args.data, whole, args.n))
-                assert loaded[1] is not None
-                records[own.key(args.n)] = measure(own, loaded[1], adapters, args.base)
+                return own, timed(own, adapters, self.base)
+            return own, measure(own, _reader(self, own.set), adapters, self.base)
         except InputError as error:
-            print(f"{own.key(args.n)}: {error}", file=sys.stderr)
-            refused.add(own)
-            continue
-        save(args.results, records)
-        print(f"{claim.name}: {own.key(args.n)}", file=sys.stderr, flush=True)
+            return own, str(error)
+
+
+@lru_cache
+def _reader(context: Context, name: str) -> Reader:
+    whole = context.sets.paths(Row(name, "single"))
+    assert whole is not None
+    return Reader(context.base, context.data, whole, context.n, context.device)
+
+
+Found: TypeAlias = Iterable[tuple[Row, dict[str, Any] | str]]
+
+
+@contextmanager
+def _pool(workers: int, context: Context) -> Iterator[Callable[[list[Row]], Found]]:
+    """A function that measures rows, in the order in which they are done."""
+    if workers == 1:
+        yield lambda rows: map(context.measure, rows)
+        return
+    with get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+
+        def measured_by_all(rows: list[Row]) -> Found:
+            alone = rows[0].split == "time"
+            return map(context.measure, rows) if alone else pool.imap_unordered(context.measure, rows)
+
+        yield measured_by_all
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -350,7 +398,8 @@ def pages(book: Book) -> Iterator[str]:
     )
     if book.n < ENOUGH:
         yield f"**A first look:** fewer than {ENOUGH} texts a task.\n"
-    yield f"`python benchmarks/reproduce.py page`, {date.today()}, {platform.machine()}.\n"
+    machines = sorted({record["machine"] for record in book.records.values() if "machine" in record})
+    yield f"`python benchmarks/reproduce.py page`, {date.today()}; measured on {' and '.join(machines)}.\n"
     yield "| claim | verdict |\n|---|---|"
     for claim in CLAIMS:
         yield f"| [{claim.name}](#{anchor(claim.name)}) | {judged[claim.name].word} |"
@@ -403,8 +452,8 @@ def shown(found: Interval, digits: int = 2) -> str:
 
 def detailed(claim: Claim, book: Book) -> Iterator[str]:
     """A line for each method and set, with what was seen of the merge and its losses."""
-    yield "| | set | keeps | left of the objective | norm, of the mean's | distance to the mean, of its norm | loss of the tasks | general, tool against the base | s |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "| | set | keeps | left of the objective | norm, of the mean's | distance to the mean, of its norm | loss of the tasks | general, tool against the base |"
+    yield "|---|---|---|---|---|---|---|---|"
     for label, line in claim.table.items():
         for column, entry in line.items():
             yield f"| {label} | {column} | {' | '.join(details(entry, book))} |"
@@ -416,7 +465,7 @@ def details(entry: Entry, book: Book) -> list[str]:
         kept = "1" if own.method == "single" else shown(book.share(entry))
         base = book.base(entry)
     except NotRun:
-        return ["not run", *["-"] * 6]
+        return ["not run", *["-"] * 5]
     stages = record.get("stages", {})
     left = ", ".join(f"{end / start:.3f}" for start, end in stages.values() if start)
     rest = [
@@ -431,7 +480,6 @@ def details(entry: Entry, book: Book) -> list[str]:
         f"{record['distance']:.2f}" if "distance" in record else "-",
         " ".join(f"{mean_loss(losses[task]):.3f}" for task in own.merged),
         ", ".join(rest) or "-",
-        f"{record['seconds']:.0f}" if "seconds" in record else "-",
     ]
 
 
@@ -451,11 +499,13 @@ def main() -> None:
         own.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
         if command in (train, run):
             own.add_argument("--base", type=Path, required=True)
+            own.add_argument("--workers", type=int, default=1, help="processes side by side")
         if command is train:
             own.add_argument("--trainer", type=Path, required=True)
         if command is run:
             own.add_argument("--data", type=Path, required=True)
             own.add_argument("--adapters", type=Path, required=True)
+            own.add_argument("--device", default="cpu", help="that merges and reads")
         if command is page:
             own.add_argument("--out", type=Path, default=PAGE)
     args = parser.parse_args()

@@ -16,7 +16,7 @@ METHODS = {
     "ctm_tsv": {"rank": 2},
     "svd_cur": {},
 }
-OPTIONS = [["--cuda"], ["--cuda", "--low-cpu-memory", "--read-to-gpu"], ["--gpu-rich"]]
+OPTIONS = [["--cuda"], ["--cuda", "--low-cpu-memory", "--read-to-gpu"], ["--gpu-rich"], ["--multi-gpu"]]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)

@@ -1,0 +1,169 @@
+"""Methods on a GPU against the CPU: how far the results are apart, and seconds.
+
+    python benchmarks/gpu.py methods [--layers 1]      # every method without texts, on shapes of Llama-3-8B
+    python benchmarks/gpu.py whole                     # all 32 layers: some methods, and TSPA's paper case
+    python benchmarks/gpu.py texts --base MODEL --data DIR --adapters SET    # methods that look at texts, 8 each
+    python benchmarks/gpu.py command                   # mergekit-yaml on four layers, with options for GPUs
+
+A difference is `||M_gpu - M_cpu|| / ||M_cpu||` over all tensors.  A GPU draws other random numbers than a CPU, so results
+of methods that draw are two draws of one distribution.  The adapters share a part, as those of one initialisation do.
+The second of two runs on the GPU is timed: the first one loads its libraries.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from alignment import GEOMETRY, RepeatedLayer, solve
+from memory import measure
+from synthetic import ALL_LINEAR, ATTENTION, LLAMA_3_8B, linear_shapes, write_adapters, write_llama
+
+from examples import examples_of
+from mergekit_tspa import METHODS, MergedAdapters, merge_adapters
+
+WHOLE = ("lora_task_arithmetic", "core_tsv", "core_ties", "knots_ties", "ctm_tsv", "tspa_lora")
+COMMAND_OPTIONS = ("", "--cuda", "--cuda --low-cpu-memory --read-to-gpu", "--gpu-rich", "--multi-gpu")
+DRAWS = ("dare", "della")
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def adapters(count: int, layers: int, rank: int, modules: Sequence[str]) -> list[Factors]:
+    """Random ones, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    made: list[Factors] = [{} for _ in range(count)]
+    for layer in range(layers):
+        for module, (d_out, d_in) in linear_shapes(**LLAMA_3_8B).items():
+            if module.split(".")[-1] not in modules:
+                continue
+            draws = 0.02 * torch.randn(count + 1, rank * (d_out + d_in), generator=generator)
+            for adapter, own in zip(made, draws[1:]):
+                B, A = (draws[0] + own).split([d_out * rank, rank * d_in])
+                adapter[f"model.layers.{layer}.{module}"] = (B.view(d_out, rank), A.view(rank, d_in))
+    return made
+
+
+def timed(method: str, given: Sequence[Any], device: str, **more: Any) -> tuple[float, MergedAdapters]:
+    start = time.perf_counter()
+    merged = merge_adapters(method, given, device=device, **more)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, merged
+
+
+def apart(gpu: MergedAdapters, cpu: MergedAdapters) -> float:
+    """`||M_gpu - M_cpu|| / ||M_cpu||`"""
+    squares = torch.zeros(2, dtype=torch.float64)
+    for module, expected in cpu.items():
+        M, found = expected.dense(), gpu[module].dense()
+        squares += torch.stack([(found - M).double().square().sum(), M.double().square().sum()])
+    return float((squares[0] / squares[1]).sqrt())
+
+
+def compared(
+    method: str, given: Sequence[Any], device: str, repeat: bool = True, **more: Any
+) -> Iterator[str]:
+    """Cells of a line."""
+    cpu_seconds, cpu = timed(method, given, "cpu", **more)
+    gpu_seconds, gpu = timed(method, given, device, **more)
+    if repeat:
+        gpu_seconds, gpu = timed(method, given, device, **more)
+    drawn = " (drawn)" if any(word in method for word in DRAWS) else ""
+    yield f"{apart(gpu, cpu):.1e}{drawn}"
+    yield f"{cpu_seconds:.2f}"
+    yield f"{gpu_seconds:.2f}"
+
+
+def lines(methods: Sequence[str], given: Sequence[Any], device: str, **more: Any) -> None:
+    print("| method | apart | CPU, s | GPU, s |\n|---|---|---|---|")
+    failed = 0
+    for method in methods:
+        try:
+            cells = [*compared(method, given, device, **more)]
+        except Exception as error:  # the others are still of interest
+            failed += 1
+            cells = [f"{type(error).__name__}: {str(error).splitlines()[0]}", "-", "-"]
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    print(f"\n{failed} of {len(methods)} failed\n", flush=True)
+
+
+def methods(args: argparse.Namespace) -> None:
+    print(f"four adapters of rank 16 on q, k, v, o of {args.layers} layers\n")
+    names = [name for name, method in METHODS.items() if not method.guided]
+    given = adapters(4, args.layers, 16, ATTENTION)
+    lines(args.only or names, given, args.device, base=RepeatedLayer("cpu"), geometry=GEOMETRY)
+
+
+def whole(args: argparse.Namespace) -> None:
+    print("four adapters of rank 16 on all linear tensors of 32 layers\n")
+    lines(args.only or WHOLE, adapters(4, 32, 16, ALL_LINEAR), args.device)
+    print("tspa, the paper's case: rank 8 on q and v of 32 layers, Grams of the base on the GPU\n")
+    print("| adapters | seconds |\n|---|---|")
+    base = RepeatedLayer(args.device)
+    solve(base, 2, 8, "qv", args.device)
+    for count in (2, 4, 8):
+        print(f"| {count} | {solve(base, count, 8, 'qv', args.device)[0]:.2f} |", flush=True)
+    print()
+
+
+def texts(args: argparse.Namespace) -> None:
+    paths = sorted(path for path in args.adapters.iterdir() if (path / "adapter_config.json").exists())
+    print(f"{args.adapters.name}, 8 texts of each task\n")
+    more: dict[str, Any] = {
+        "base": args.base,
+        "examples": [examples_of(args.data, path.name, 8) for path in paths],
+    }
+    guided = [name for name, method in METHODS.items() if method.guided and name != "distill"]
+    lines(args.only or guided, paths, args.device, repeat=False, **more)
+
+
+def command(args: argparse.Namespace) -> None:
+    print("mergekit-yaml, four layers, four adapters of rank 16 on all linear tensors\n")
+    print("| method | options | s | peak MiB of the CPU |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
+        folder = Path(name)
+        base = write_llama(folder / "base", 4, **LLAMA_3_8B)
+        given = [*write_adapters(folder / "adapters", 4, 4, 16, ALL_LINEAR, **LLAMA_3_8B)]
+        recipe = folder / "recipe.yml"
+        script = str(Path(sys.executable).parent / "mergekit-yaml")
+        for method in args.only or ("core_tsv", "tspa"):
+            models = [{"model": f"{base}+{adapter}"} for adapter in given]
+            recipe.write_text(yaml.safe_dump({"merge_method": method, "models": models}))
+            for options in COMMAND_OPTIONS:
+                seconds, peak = measure(script, str(recipe), str(folder / "out"), "--quiet", *options.split())
+                print(f"| {method} | {options or '-'} | {seconds:.1f} | {peak:.0f} |", flush=True)
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("methods", "whole", "texts", "command"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--only", nargs="*", help="methods")
+    parser.add_argument("--base", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--adapters", type=Path)
+    args = parser.parse_args()
+    gpu = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "no GPU"
+    print(
+        f"{date.today()}, {platform.machine()}, {torch.get_num_threads()} threads, {gpu}; torch {torch.__version__}; "
+        f"python {' '.join(sys.argv)}\n",
+        flush=True,
+    )
+    {"methods": methods, "whole": whole, "texts": texts, "command": command}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
