@@ -7,7 +7,8 @@
 
 A difference is `||M_gpu - M_cpu|| / ||M_cpu||` over all tensors.  A GPU draws other random numbers than a CPU, so results
 of methods that draw are two draws of one distribution.  The adapters share a part, as those of one initialisation do.
-The second of two runs on the GPU is timed: the first one loads its libraries.
+`methods` runs several processes at once, so its seconds say little; `whole` times the second of two runs on the GPU, as
+the first one loads its libraries.
 """
 
 import argparse
@@ -16,10 +17,12 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
+from math import nan
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -30,7 +33,7 @@ from synthetic import ALL_LINEAR, ATTENTION, LLAMA_3_8B, linear_shapes, write_ad
 from examples import examples_of
 from mergekit_tspa import METHODS, MergedAdapters, merge_adapters
 
-WHOLE = ("lora_task_arithmetic", "core_tsv", "core_ties", "knots_ties", "ctm_tsv", "tspa_lora")
+WHOLE = ("lora_task_arithmetic", "core_tsv", "ctm_tsv", "tspa_lora", "core_ties", "knots_ties")
 COMMAND_OPTIONS = ("", "--cuda", "--cuda --low-cpu-memory --read-to-gpu", "--gpu-rich", "--multi-gpu")
 DRAWS = ("dare", "della")
 
@@ -64,55 +67,64 @@ def apart(gpu: MergedAdapters, cpu: MergedAdapters) -> float:
     """`||M_gpu - M_cpu|| / ||M_cpu||`"""
     squares = torch.zeros(2, dtype=torch.float64)
     for module, expected in cpu.items():
-        M, found = expected.dense(), gpu[module].dense()
+        M, found = expected.dense(), gpu[module].dense().cpu()
         squares += torch.stack([(found - M).double().square().sum(), M.double().square().sum()])
     return float((squares[0] / squares[1]).sqrt())
 
 
-def compared(
-    method: str, given: Sequence[Any], device: str, repeat: bool = True, **more: Any
-) -> Iterator[str]:
-    """Cells of a line."""
-    cpu_seconds, cpu = timed(method, given, "cpu", **more)
-    gpu_seconds, gpu = timed(method, given, device, **more)
-    if repeat:
+class Line(NamedTuple):
+    """What was found of a method."""
+
+    method: str
+    apart: str
+    cpu: float = nan  # seconds
+    gpu: float = nan
+
+
+def line(method: str, given: Sequence[Any], device: str, repeat: bool = False, **more: Any) -> Line:
+    try:
+        cpu_seconds, cpu = timed(method, given, "cpu", **more)
         gpu_seconds, gpu = timed(method, given, device, **more)
-    drawn = " (drawn)" if any(word in method for word in DRAWS) else ""
-    yield f"{apart(gpu, cpu):.1e}{drawn}"
-    yield f"{cpu_seconds:.2f}"
-    yield f"{gpu_seconds:.2f}"
+        if repeat:
+            gpu_seconds, gpu = timed(method, given, device, **more)
+        drawn = " (drawn)" if any(word in method for word in DRAWS) else ""
+        return Line(method, f"{apart(gpu, cpu):.1e}{drawn}", cpu_seconds, gpu_seconds)
+    except Exception as error:  # the others are still of interest
+        return Line(method, f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 
-def lines(methods: Sequence[str], given: Sequence[Any], device: str, **more: Any) -> None:
+def lines(found: Iterable[Line]) -> None:
     print("| method | apart | CPU, s | GPU, s |\n|---|---|---|---|")
-    failed = 0
-    for method in methods:
-        try:
-            cells = [*compared(method, given, device, **more)]
-        except Exception as error:  # the others are still of interest
-            failed += 1
-            cells = [f"{type(error).__name__}: {str(error).splitlines()[0]}", "-", "-"]
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
-    print(f"\n{failed} of {len(methods)} failed\n", flush=True)
+    for own in found:
+        print(f"| {own.method} | {own.apart} | {own.cpu:.2f} | {own.gpu:.2f} |", flush=True)
+    print()
 
 
 def methods(args: argparse.Namespace) -> None:
-    print(f"four adapters of rank 16 on q, k, v, o of {args.layers} layers\n")
-    names = [name for name, method in METHODS.items() if not method.guided]
-    given = adapters(4, args.layers, 16, ATTENTION)
-    lines(args.only or names, given, args.device, base=RepeatedLayer("cpu"), geometry=GEOMETRY)
+    print(f"four adapters of rank 16 on q, k, v, o of {args.layers} layers, {args.workers} processes\n")
+    names = args.only or [name for name, method in METHODS.items() if not method.guided]
+    with get_context("spawn").Pool(args.workers) as pool:
+        jobs = [(name, args.layers, args.device) for name in names]
+        lines(pool.imap_unordered(_method, jobs))
+
+
+def _method(job: tuple[str, int, str]) -> Line:
+    name, layers, device = job
+    torch.set_num_threads(1)
+    given = adapters(4, layers, 16, ATTENTION)
+    return line(name, given, device, base=RepeatedLayer("cpu"), geometry=GEOMETRY)
 
 
 def whole(args: argparse.Namespace) -> None:
-    print("four adapters of rank 16 on all linear tensors of 32 layers\n")
-    lines(args.only or WHOLE, adapters(4, 32, 16, ALL_LINEAR), args.device)
-    print("tspa, the paper's case: rank 8 on q and v of 32 layers, Grams of the base on the GPU\n")
+    print("tspa, the paper's case: rank 8 on q and v of 32 layers, Grams of the base included\n")
     print("| adapters | seconds |\n|---|---|")
     base = RepeatedLayer(args.device)
     solve(base, 2, 8, "qv", args.device)
     for count in (2, 4, 8):
         print(f"| {count} | {solve(base, count, 8, 'qv', args.device)[0]:.2f} |", flush=True)
-    print()
+    print("\nfour adapters of rank 16 on all linear tensors of 32 layers\n")
+    given = adapters(4, 32, 16, ALL_LINEAR)
+    lines(line(name, given, args.device, repeat=True) for name in args.only or WHOLE)
 
 
 def texts(args: argparse.Namespace) -> None:
@@ -123,7 +135,7 @@ def texts(args: argparse.Namespace) -> None:
         "examples": [examples_of(args.data, path.name, 8) for path in paths],
     }
     guided = [name for name, method in METHODS.items() if method.guided and name != "distill"]
-    lines(args.only or guided, paths, args.device, repeat=False, **more)
+    lines(line(name, paths, args.device, **more) for name in args.only or guided)
 
 
 def command(args: argparse.Namespace) -> None:
@@ -152,6 +164,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="methods")
+    parser.add_argument("--workers", type=int, default=8, help="of `methods`, which are not timed alone then")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--adapters", type=Path)

@@ -114,7 +114,7 @@ class Reader(Scorer):
             if isinstance(update, LowRank):
                 placement.beside[name] = update
             else:
-                placement.values[name] = update.apply_to(self.tensors[name].float()).to(self.device)
+                placement.values[name] = update.apply_to(self.tensors[name].to(self.device, torch.float32))
         return self._losses(texts, lambda batch: placed(self.singles, placement))
 
 
@@ -159,12 +159,11 @@ def lengths(updates: Mapping[str, Any], mean: Mapping[str, Any], device: str = "
 
 def rebuilt_by_emr(own: Row, reader: Reader, adapters: list[Path], base: Path) -> Losses:
     """Each task's texts read by that task's own model: `uni * [M_t uni > 0] * scale_t`."""
-    uni = {
-        module: update.dense() for module, update in merge_adapters("lora_emr", adapters, base=base).items()
-    }
+    unified = merge_adapters("lora_emr", adapters, base=base, device=reader.device)
+    uni = {module: update.dense() for module, update in unified.items()}
     losses: Losses = {}
     for task, adapter in zip(own.merged, adapters):
-        single = merge_adapters("lora_task_arithmetic", [adapter], base=base)
+        single = merge_adapters("lora_task_arithmetic", [adapter], base=base, device=reader.device)
         updates = {}
         for module, update in single.items():
             M = update.dense()

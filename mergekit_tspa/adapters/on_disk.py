@@ -65,7 +65,7 @@ class OnDisk:
         return self.make(whole)
 
     def _read(self) -> Tensor:
-        values = torch.empty(prod(self.stored), dtype=self.dtype)
+        values = torch.empty(prod(self.stored), dtype=self.dtype, device="cpu")
         room = values.view(torch.uint8).numpy().data
         with readable(self.file), self.file.open("rb") as opened:
             if _stamp(opened.fileno()) != self.stamp:

@@ -96,7 +96,8 @@ def choose(U: Tensor, S: Tensor, c: int, select: Select) -> list[int]:
     if select == "leverage":
         return U[:, :c].norm(dim=1).topk(c).indices.tolist()
     rows = list(range(len(U)))
-    for i, pivot in enumerate(torch.linalg.lu_factor(U[:, :c]).pivots.tolist()):
+    # On the CPU, because the library that does it on a GPU prints warnings of tall matrices.
+    for i, pivot in enumerate(torch.linalg.lu_factor(U[:, :c].cpu()).pivots.tolist()):
         rows[i], rows[pivot - 1] = rows[pivot - 1], rows[i]
     return rows[:c]
 

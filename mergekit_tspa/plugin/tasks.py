@@ -1,5 +1,7 @@
 """A planned merge as tasks of mergekit's graph: Grams of base tensors, chunks to merge, updates to apply."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +67,8 @@ class LoadSide(Task[tuple[torch.Tensor, ...]], frozen=True, arbitrary_types_allo
         # The tensor is read here, not through an argument, which the executor would keep until it is written.
         source = self.source
         assert source.plan.read is not None
-        return tuple(load_side(source.pair, source.side, source.plan.read, device_of(self.device)))
+        with on_device(self.device) as device:
+            return tuple(load_side(source.pair, source.side, source.plan.read, device))
 
 
 class SurveyModel(Task[dict], frozen=True, arbitrary_types_allowed=True):
@@ -85,8 +88,8 @@ class SurveyModel(Task[dict], frozen=True, arbitrary_types_allowed=True):
         return True
 
     def execute(self) -> dict:
-        with torch.no_grad(), Bar(self.quiet) as bar:
-            return dict(survey_plan(self.work.plan, device_of(self.device), bar.update) or {})
+        with on_device(self.device) as device, Bar(self.quiet) as bar:
+            return dict(survey_plan(self.work.plan, device, bar.update) or {})
 
 
 class MergeChunk(Task[dict], frozen=True, arbitrary_types_allowed=True):
@@ -110,9 +113,9 @@ class MergeChunk(Task[dict], frozen=True, arbitrary_types_allowed=True):
 
     def execute(self, survey: Survey | None = None, **grams: tuple[torch.Tensor, ...]) -> dict:
         sides = [SideGrams(*grams[str(i)]) for i in range(len(self.sides))]
-        with torch.no_grad(), Bar(self.quiet) as bar:
+        with on_device(self.device) as device, Bar(self.quiet) as bar:
             updates, reports = merge_chunk(
-                self.work.plan.method, self.work.chunk, sides, survey, device_of(self.device), bar.update
+                self.work.plan.method, self.work.chunk, sides, survey, device, bar.update
             )
         names = [tensor.name for tensor in self.work.chunk.tensors]
         return {
@@ -179,7 +182,7 @@ class ApplyUpdates(Task[torch.Tensor], frozen=True, arbitrary_types_allowed=True
 
     def execute(self, W: torch.Tensor, **updates: UpdateFields) -> torch.Tensor:
         merged = {update.tensor: update_of(updates[str(i)]) for i, update in enumerate(self.updates)}
-        with torch.no_grad():
+        with on_device(None):
             return finish_tensor(self.target.output, W, merged, dtype_from_name(self.dtype))
 
 
@@ -254,8 +257,8 @@ class SaveRecord(Task[None], frozen=True, arbitrary_types_allowed=True):
 
     def execute(self, writer: TensorWriter, survey: Survey | None = None) -> None:
         tensor = self.source.tensor
-        with torch.no_grad():
-            record = record_tensor(self.source.plan.method, tensor, survey, device_of(self.device))
+        with on_device(self.device) as device:
+            record = record_tensor(self.source.plan.method, tensor, survey, device)
         for key, value in record.items():
             writer.save_tensor(f"{tensor.name}.{key}", value.cpu())
 
@@ -282,6 +285,16 @@ class FinishRecords(Task[None], frozen=True):
 def update_of(fields: UpdateFields) -> LowRank | Dense:
     """The update whose fields these are."""
     return LowRank(**fields) if "B" in fields else Dense(**fields)
+
+
+@contextmanager
+def on_device(device: str | None) -> Iterator[torch.device]:
+    """Where a task computes, without gradients.  What names no device is made on the CPU, as it is outside of
+    mergekit's multi-GPU executor.
+    """
+    found = device_of(device)
+    with torch.device("cpu"), torch.no_grad():
+        yield found
 
 
 def device_of(device: str | None) -> torch.device:

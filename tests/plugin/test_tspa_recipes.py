@@ -181,6 +181,27 @@ def test_several_devices(options, llama, three, tmp_path, monkeypatch):
     assert used == {torch.device("cpu:0"), torch.device("cpu:1")}
 
 
+@pytest.mark.parametrize("method, parameters", [("tspa", STEPS), ("knots_ties", {"scope": "model"})])
+def test_the_device_of_a_thread_is_for_computing_alone(
+    method, parameters, llama, three, tmp_path, monkeypatch
+):
+    """A thread of the multi-GPU executor makes on its GPU what names no device; here that has no values."""
+    from mergekit_tspa.plugin import tasks
+
+    def elsewhere(execute):
+        def executed(*args, **arguments):
+            with torch.device("meta"):
+                return execute(*args, **arguments)
+
+        return executed
+
+    for task in (tasks.LoadSide, tasks.SurveyModel, tasks.MergeChunk, tasks.ApplyUpdates):
+        monkeypatch.setattr(task, "execute", elsewhere(task.execute))
+    monkeypatch.setattr(tasks, "device_of", lambda device: torch.device("cpu"))
+    got = merged_tensors(recipe(method, llama, three, parameters=parameters), tmp_path / "out")
+    check(got, expected(llama, merge_adapters(method, three, base=llama, **parameters)))
+
+
 def test_several_devices_need_an_accelerator(llama, three, tmp_path):
     if torch.accelerator.is_available():
         pytest.skip("there is one")
