@@ -10,7 +10,7 @@ from mergekit_tspa.adapters.extract import (
     log_alignment,
     log_kept,
 )
-from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, is_model, locate_adapter
+from mergekit_tspa.adapters.hub import base_of_adapter, check_reachable, is_adapter, is_model, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
 from mergekit_tspa.adapters.reader import kind_of, read_adapter
 from mergekit_tspa.adapters.turned import TurnedModule, turn_adapter
@@ -25,6 +25,7 @@ __all__ = [
     "TurnedModule",
     "base_of_adapter",
     "check_architecture",
+    "check_reachable",
     "extract_adapter",
     "is_adapter",
     "is_model",

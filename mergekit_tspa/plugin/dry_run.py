@@ -41,7 +41,13 @@ from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import PlannedRecipe, merge_of
 from mergekit_tspa.plugin.recipe import complete, sources
 from mergekit_tspa.plugin.recipe_file import faults_of
-from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, adapter_loader, base_loader
+from mergekit_tspa.plugin.references import (
+    AdapterReference,
+    FullModelReference,
+    adapter_loader,
+    base_loader,
+    config_of,
+)
 from mergekit_tspa.plugin.spelling import UnreadableRecipe
 
 T = TypeVar("T")
@@ -171,7 +177,7 @@ def _see(reference: ModelReference, fit: bool) -> SeenAdapter:
 
 
 def _open_base(base: ModelReference, options: MergeOptions) -> bool:
-    base.config(options.trust_remote_code)
+    config_of(base, options.trust_remote_code)
     return bool(Checkpoint(LoaderCache().get(base).index.base_path).headers)
 
 

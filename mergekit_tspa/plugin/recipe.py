@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
+from mergekit_tspa.adapters import base_of_adapter, check_architecture, check_reachable, is_adapter
 from mergekit_tspa.errors import InputError, did_you_mean, reason_of
 from mergekit_tspa.merging.servable import LEFT_OUT
 from mergekit_tspa.methods import METHODS, Method
@@ -40,7 +40,7 @@ from mergekit_tspa.plugin.merge_method import (
     WEIGHT,
     AdapterMergeMethod,
 )
-from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, TurnedReference
+from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, TurnedReference, config_of
 
 LOG = logging.getLogger(__name__)
 Source = InputModelDefinition | InputSliceDefinition
@@ -204,7 +204,7 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
     path = base_of_adapter(adapter.path, adapter.revision, options.transformers_cache)
     try:
         base = ModelReference(model=ModelPath(path=path))
-        base.config(options.trust_remote_code)
+        config_of(base, options.trust_remote_code)
     except Exception as error:  # not named, not there, not reachable, not a model: all need the same way out
         raise InputError(
             f"{adapter}: its adapter_config.json names the base model {path!r}, which is neither a model "
@@ -254,6 +254,7 @@ def _check_tokenizers(
         if model.path in absent:
             continue
         try:
+            check_reachable(model.path, model.revision)
             AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=options.trust_remote_code
             )
@@ -386,11 +387,11 @@ def check_full_model(reference: ModelReference, base: ModelReference, trust_remo
     """
     model = reference.model
     try:
-        config = reference.config(trust_remote_code)
+        config = config_of(reference, trust_remote_code)
     except Exception as error:  # not there, not reachable, damaged: transformers has many words for it
         raise InputError(f"{model}: there is neither an adapter nor a model with a config.json") from error
     try:
-        base_config = base.config(trust_remote_code)
+        base_config = config_of(base, trust_remote_code)
     except Exception:  # mergekit itself says so of a base
         return
     check_architecture(str(model), config.to_dict(), str(base), base_config.to_dict())
