@@ -44,7 +44,7 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
         InputError: there is no base, or it is no model of one class, it lacks tensors that transformers needs
             too, or the recipe does not go by its modules.
     """
-    reference = config.base_model
+    reference: Any = config.base_model
     try:
         model_config = config_of(reference, options.trust_remote_code)
     except InputError:
