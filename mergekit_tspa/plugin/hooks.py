@@ -217,7 +217,7 @@ def _run_merge(
 def _generate_card(
     original: Hook, config: compat.MergeConfiguration, config_yaml: str, name: str | None = None
 ) -> str:
-    if not _ours(config.merge_method):
+    if not _ours(config.merge_method) and not _is_mean(config.merge_method):
         return original(config, config_yaml, name)
     from mergekit_tspa.plugin.card import model_card
 
