@@ -9,6 +9,7 @@ from mergekit_tspa.adapters.extract import (
     extract_adapter,
     log_alignment,
     log_kept,
+    same_tensors,
 )
 from mergekit_tspa.adapters.hub import base_of_adapter, check_reachable, is_adapter, is_model, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
@@ -34,5 +35,6 @@ __all__ = [
     "log_alignment",
     "log_kept",
     "read_adapter",
+    "same_tensors",
     "turn_adapter",
 ]

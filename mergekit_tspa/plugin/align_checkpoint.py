@@ -117,6 +117,8 @@ def _directory(name: str) -> Path:
         return Path(name).expanduser()
     try:
         model = ModelReference.parse(name)
+        if model.lora:
+            raise InputError(f"{name}: align the model alone, and give its adapter with --adapter")
         check_reachable(model.model.path, model.model.revision)
         return Path(model.local_path())
     except InputError:

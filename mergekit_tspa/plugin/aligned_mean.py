@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import AfterValidator
 
-from mergekit_tspa.adapters import is_adapter, log_alignment
+from mergekit_tspa.adapters import is_adapter, log_alignment, same_tensors
+from mergekit_tspa.base.architectures import VOCABULARY
 from mergekit_tspa.errors import InputError, did_you_mean
 from mergekit_tspa.methods import MEAN_OF_MODELS
 from mergekit_tspa.plugin.compat import (
@@ -27,6 +28,7 @@ from mergekit_tspa.plugin.compat import (
     ParameterSpec,
     Task,
     TensorGroup,
+    aligns_vocabulary,
     planned_tensors,
     registered_methods,
 )
@@ -190,11 +192,18 @@ def _complete_models(
         models.append(InputModelDefinition(model=base, parameters={WEIGHT.name: 0.0}))
 
 
-def check_weights(planner: MergePlanner) -> None:
+def check_plan(planner: MergePlanner) -> None:
     """
     Raises:
-        InputError: the weights of a tensor cannot be divided by their sum.
+        InputError: the models have other tensors, or of other shapes where mergekit does not resize them, or
+            the weights of a tensor cannot be divided by their sum.
     """
+    resizes = aligns_vocabulary(planner) or planner.options.unsafe_truncate_embeddings
+    for reference in planner.config.referenced_models():
+        loader = LoaderCache().get(reference)
+        if isinstance(loader, AlignedLoader):
+            model, base = loader.aligned.model, loader.aligned.anchor
+            same_tensors(model.name, model, base, resized=VOCABULARY if resizes else ())
     for weight, task in planned_tensors(planner):
         assert isinstance(task, ExecuteMergeMethodTask)
         weights = [float(given[WEIGHT.name]) for given in task.input_parameters.values()]

@@ -247,9 +247,9 @@ def _plan(original: Hook, planner: compat.MergePlanner) -> None:
 
         replace_tasks(planner)
     elif _is_mean(planner.config.merge_method):
-        from mergekit_tspa.plugin.aligned_mean import check_weights
+        from mergekit_tspa.plugin.aligned_mean import check_plan
 
-        check_weights(planner)
+        check_plan(planner)
 
 
 def _plan_in_memory(original: Hook, planner: compat.MergePlanner) -> list[compat.Task]:

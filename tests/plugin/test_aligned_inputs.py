@@ -169,6 +169,8 @@ def test_recipes_that_cannot_be(llama, tmp_path):
     base, tuned, moved, lora = llama
     wide = save_llama(tmp_path / "wide", intermediate_size=98)
     deep = save_llama(tmp_path / "deep", num_hidden_layers=3)
+    larger = save_llama(tmp_path / "larger", vocab_size=100)
+    untied = save_llama(tmp_path / "untied", tie_word_embeddings=False)
     sliced = {"merge_method": "aligned_mean", "base_model": str(base)}
     sliced["slices"] = [{"sources": [{"model": str(moved), "layer_range": [0, 2]}]}]
     cases = {
@@ -184,6 +186,8 @@ def test_recipes_that_cannot_be(llama, tmp_path):
         r"up_proj.weight: the weights of the models add up to 0": mean_of(
             base, [tuned], [[{"filter": "up_proj", "value": 0.0}, {"value": 1.0}]]
         ),
+        r"embed_tokens.weight has shape \(100, 64\), but \(96, 64\)": mean_of(base, [larger]),
+        "only the base .* ties embedding and head": mean_of(base, [untied]),
         "normalize: 'maybe'": mean_of(base, [tuned], parameters={"normalize": "maybe"}),
         "normalize applies to the whole merge": mean_of(base, [])
         | {"models": [{"model": str(tuned), "parameters": {"normalize": False}}]},
