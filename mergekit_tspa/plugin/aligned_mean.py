@@ -2,7 +2,7 @@
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Set
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import AfterValidator
@@ -22,7 +22,6 @@ from mergekit_tspa.plugin.compat import (
     MergeConfiguration,
     MergeMethodSpec,
     MergeOptions,
-    MergePlanner,
     ModelReference,
     ParameterScope,
     ParameterSpec,
@@ -44,6 +43,9 @@ from mergekit_tspa.plugin.recipe import (
 )
 from mergekit_tspa.plugin.references import AlignedLoader, AlignedReference
 from mergekit_tspa.symmetry.blocks import DEFAULT_KINDS, kinds_of
+
+if TYPE_CHECKING:  # this module is imported while mergekit's planner is not yet there
+    from mergekit_tspa.plugin.compat import MergePlanner
 
 
 def _symmetries(text: str) -> str:
@@ -192,7 +194,7 @@ def _complete_models(
         models.append(InputModelDefinition(model=base, parameters={WEIGHT.name: 0.0}))
 
 
-def check_plan(planner: MergePlanner) -> None:
+def check_plan(planner: "MergePlanner") -> None:
     """
     Raises:
         InputError: the models have other tensors, or of other shapes where mergekit does not resize them, or
