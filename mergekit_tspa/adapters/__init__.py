@@ -9,8 +9,9 @@ from mergekit_tspa.adapters.extract import (
     extract_adapter,
     log_alignment,
     log_kept,
+    same_tensors,
 )
-from mergekit_tspa.adapters.hub import base_of_adapter, is_adapter, is_model, locate_adapter
+from mergekit_tspa.adapters.hub import base_of_adapter, check_reachable, is_adapter, is_model, locate_adapter
 from mergekit_tspa.adapters.modules import Change, LoraModule
 from mergekit_tspa.adapters.reader import kind_of, read_adapter
 from mergekit_tspa.adapters.turned import TurnedModule, turn_adapter
@@ -25,6 +26,7 @@ __all__ = [
     "TurnedModule",
     "base_of_adapter",
     "check_architecture",
+    "check_reachable",
     "extract_adapter",
     "is_adapter",
     "is_model",
@@ -33,5 +35,6 @@ __all__ = [
     "log_alignment",
     "log_kept",
     "read_adapter",
+    "same_tensors",
     "turn_adapter",
 ]

@@ -118,10 +118,7 @@ def extract_adapter(name: str, model: ModelTensors, base: ModelTensors, extracti
                 f"{side.name}: it is quantised ({min(side.quantised, default='config.json')}), so its "
                 "difference to another model means little; use the full-precision checkpoint"
             )
-    source = _same_tensors(name, model, base)
-    for tensor, stored in source.items():
-        if model.shapes[stored] != base.shapes[tensor]:
-            _refuse_shape(name, stored, model, base)
+    source = same_tensors(name, model, base)
     aligned = AlignedModel(model, base, extraction.align, extraction.device) if extraction.align else None
     model = aligned or model
 
@@ -200,8 +197,17 @@ def log_kept(adapter: Adapter) -> None:
     )
 
 
-def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[str, str]:
-    """`{base tensor: tensor of the model}`; a head that is tied to the embedding may be stored or not."""
+def same_tensors(
+    name: str, model: ModelTensors, base: ModelTensors, resized: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """`{base tensor: tensor of the model}`; a head that is tied to the embedding may be stored or not.
+
+    Args:
+        resized: ends of names of tensors that may have other shapes
+
+    Raises:
+        InputError: the names or shapes differ, or only one of the two models ties its embedding and head.
+    """
     if base.config and model.tied != base.tied:
         tied = name if model.tied else f"the base {base.name}"
         raise InputError(f"{name}: only {tied} ties embedding and head to one tensor; untie them there first")
@@ -221,6 +227,9 @@ def _same_tensors(name: str, model: ModelTensors, base: ModelTensors) -> dict[st
                 "full model must have exactly the tensors of the base: save both with the same version of "
                 "transformers, and merge adapters into it first"
             )
+    for tensor, stored in source.items():
+        if model.shapes[stored] != base.shapes[tensor] and not tensor.endswith(resized):
+            _refuse_shape(name, stored, model, base)
     return source
 
 

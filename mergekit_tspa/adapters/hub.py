@@ -1,4 +1,4 @@
-"""Find an adapter's directory: a local path, or a repository of the Hugging Face hub."""
+"""Find the directory of an adapter or a model: a local path, or a repository of the Hugging Face hub."""
 
 import os
 from pathlib import Path
@@ -38,15 +38,38 @@ def is_adapter(path: str, revision: str | None = None, cache_dir: str | None = N
         return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").exists()
     if not _may_be_repository(path):
         return False
-    from huggingface_hub import hf_hub_download
+    try:
+        directory = _configurations(path, revision, cache_dir)
+    except Exception:  # not there, or not reachable
+        return False
+    return (directory / CONFIG_FILE).is_file() and not (directory / "config.json").exists()
 
-    def has(file: str) -> bool:
-        try:
-            return bool(hf_hub_download(path, file, revision=revision, cache_dir=cache_dir))
-        except Exception:  # not there, or not reachable
-            return False
 
-    return has(CONFIG_FILE) and not has("config.json")
+def check_reachable(path: str, revision: str | None = None) -> None:
+    """Ask once for a model, of which transformers and mergekit ask the hub again and again for a minute.
+
+    Raises:
+        InputError: it is neither here nor a repository that can be reached or was downloaded before.
+    """
+    if os.path.exists(os.path.expanduser(path)):
+        return
+    if not _may_be_repository(path) and "/" in path:  # the hub's oldest models have no owner
+        raise InputError(f"{path}: there is no such model directory")
+    try:
+        _configurations(path, revision)
+    except Exception as error:  # network, authentication, missing repository: all mean the same to the user
+        raise InputError(
+            f"{path}: there is no such model directory, and it is not to be had from the hub "
+            f"({reason_of(error)})"
+        ) from error
+
+
+def _configurations(path: str, revision: str | None, cache_dir: str | None = None) -> Path:
+    """Where the configurations of a repository are once they are downloaded."""
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG_FILE, "config.json"]
+    return Path(snapshot_download(path, revision=revision, cache_dir=cache_dir, allow_patterns=files))
 
 
 def is_model(path: str) -> bool:

@@ -55,7 +55,9 @@ def main(
         check_out(out)
     elif adapters:
         raise InputError("--adapter: it is written beside the model; name a directory with --out")
-    aligned = open_aligned(model, anchor, kinds_of(by), device)
+    if not (kinds := kinds_of(by)):
+        raise InputError("--by: name a symmetry: permutation, rotation, scale, or all")
+    aligned = open_aligned(model, anchor, kinds, device)
     turned = [open_turned(adapter, aligned) for adapter in adapters]
     with Bar(quiet) as bar:
         if out is not None:

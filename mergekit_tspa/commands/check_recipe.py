@@ -16,7 +16,8 @@ from mergekit_tspa.plugin.compat import (
     add_merge_options,
     registered_methods,
 )
-from mergekit_tspa.plugin.dry_run import attempt, check, stage_problems
+from mergekit_tspa.plugin.dry_run import DryRun, attempt, check, stage_problems
+from mergekit_tspa.plugin.dry_run_mean import MeanDryRun, check_mean
 from mergekit_tspa.plugin.recipe_file import read_documents, unknown_keys
 
 
@@ -43,19 +44,17 @@ def main(context: click.Context, merge_options: MergeOptions, config_file: Path)
         found: list[str] = []
         others = {other for other in names if isinstance(other, str) and other != name}
         config = attempt(found, config_file, lambda: MergeConfiguration.model_validate(document))  # noqa: B023
-        if config and config.merge_method in METHODS:
-            report = check(config, merge_options, others)
+        if config and config.merge_method in (*METHODS, MEAN_OF_MODELS):
+            look = check_mean if config.merge_method == MEAN_OF_MODELS else check
+            report: DryRun | MeanDryRun = look(config, merge_options, others)
             report.warnings = [*unknown_keys(document), *report.warnings]
             console.print(place, end="")
             report.print(console)
             found += report.problems
         elif config and config.merge_method in {method.spec.name for method in registered_methods()}:
-            whose = (
-                "merges full models (`mergekit-tspa align` says how far they are)"
-                if config.merge_method == MEAN_OF_MODELS
-                else "is mergekit's own method"
+            foreign.append(
+                f"{place}{config.merge_method} is mergekit's own method, and its recipe is not checked here"
             )
-            foreign.append(f"{place}{config.merge_method} {whose}, and its recipe is not checked here")
         elif config:
             attempt(found, config_file, lambda: find(config.merge_method))  # noqa: B023
         problems += [place + problem for problem in found]

@@ -18,7 +18,7 @@ from mergekit_tspa.merging.plan import Chunk, MergePlan
 from mergekit_tspa.methods.emr_records import DESCRIPTION, RECORDS
 from mergekit_tspa.methods.method import Method
 
-_IMPORTS = 400 * 2**20  # what mergekit's own imports take
+IMPORTS = 400 * 2**20  # what mergekit's own imports take
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _FAR = 4  # how many times smaller than what it cuts `rank` may be without a warning
 
@@ -174,16 +174,8 @@ class Forecast:
         yield "memory", self._memory(adapters)
 
     def _model(self) -> str:
-        file = "model.safetensors" if self.safetensors else "pytorch_model.bin"
-        shards = math.ceil(self.nbytes / self._shard_size)
-        files = file if shards == 1 else f"about {shards} shards of {file}"
-        dtypes = {s.dtype for s in self.stored.values() if s}
-        precision = " and ".join(
-            sorted({_DTYPES.get(dtype, dtype.removeprefix("torch.")) for dtype in dtypes})
-        )
-        aligned = " before the vocabulary is aligned" if self.aligned else ""
         changed = f"{len(self.plan.changed)} of {len(self.stored)} tensors changed"
-        return f"{files}, {self.nbytes:,} bytes ({size(self.nbytes)}){aligned}, {precision}, {changed}"
+        return f"{files_of(self.stored, self.safetensors, self.shard_limit, self.aligned)}, {changed}"
 
     def _adapter(self) -> str:
         if isinstance(self.adapter, str):
@@ -201,7 +193,7 @@ class Forecast:
     @property
     def _shard_size(self) -> int:
         """Of the output."""
-        return min(nbytes for nbytes in (self.shard_limit, self.nbytes) if nbytes > 0)
+        return shard_size(self.nbytes, self.shard_limit)
 
     def _memory(self, adapters: Sequence[SeenAdapter]) -> str:
         """An upper estimate of the peak, by what is held at once."""
@@ -210,7 +202,7 @@ class Forecast:
         merged = sum(4 * self.rank(tensor) * sum(tensor.shape) for tensor in self.plan.tensors)
         aligned = [model.nbytes for model in (seen.adapter.aligned for seen in adapters) if model]
         parts = {
-            "mergekit": _IMPORTS,
+            "mergekit": IMPORTS,
             "adapters": sum(adapter.nbytes for adapter in adapters),
             "a chunk to merge": max((chunk.nbytes for chunk in self.chunks), default=0),
             "merged updates": merged if method.solves or self.wants_adapter else 0,
@@ -219,11 +211,40 @@ class Forecast:
             "a shard of the output": self._shard_size,
             "a shard of the base": 0 if self.base_mapped else self.base_shard,
         }
-        listed = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in parts.items() if nbytes)
-        total = f"about {size(sum(parts.values()))} at most ({listed})"
+        total = at_most(parts)
         if not self.base_mapped:
             return total
         return f"{total}; beside it the base's shards of up to {size(self.base_shard)} are mapped"
+
+
+def files_of(
+    stored: Mapping[str, StoredAs | None], safetensors: bool, shard_limit: int, aligned: bool
+) -> str:
+    """What a model of these tensors is on disk, in one sentence.
+
+    Args:
+        aligned: whether mergekit aligns the vocabulary
+    """
+    known = [tensor for tensor in stored.values() if tensor]
+    nbytes = sum(tensor.nbytes for tensor in known)
+    file = "model.safetensors" if safetensors else "pytorch_model.bin"
+    shards = math.ceil(nbytes / shard_size(nbytes, shard_limit))
+    files = file if shards == 1 else f"about {shards} shards of {file}"
+    dtypes = {tensor.dtype for tensor in known}
+    precision = " and ".join(sorted({_DTYPES.get(dtype, dtype.removeprefix("torch.")) for dtype in dtypes}))
+    before = " before the vocabulary is aligned" if aligned else ""
+    return f"{files}, {nbytes:,} bytes ({size(nbytes)}){before}, {precision}"
+
+
+def shard_size(nbytes: int, limit: int) -> int:
+    """Of the largest shard of an output of so many bytes; a limit of 0 is none."""
+    return min(n for n in (limit, nbytes) if n > 0)
+
+
+def at_most(parts: Mapping[str, int]) -> str:
+    """How much memory these parts take together, in one sentence."""
+    listed = ", ".join(f"{what} {size(nbytes)}" for what, nbytes in parts.items() if nbytes)
+    return f"about {size(sum(parts.values()))} at most ({listed})"
 
 
 def itemsize(dtype: str) -> int:

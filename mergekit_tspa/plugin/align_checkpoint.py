@@ -10,6 +10,7 @@ import torch
 from mergekit_tspa.adapters import (
     Adapter,
     check_architecture,
+    check_reachable,
     locate_adapter,
     read_adapter,
     turn_adapter,
@@ -115,8 +116,14 @@ def _directory(name: str) -> Path:
     if os.path.isdir(os.path.expanduser(name)):
         return Path(name).expanduser()
     try:
-        return Path(ModelReference.parse(name).local_path())
-    except Exception as error:  # not there, not reachable, no name of a repository
+        model = ModelReference.parse(name)
+        if model.lora:
+            raise InputError(f"{name}: align the model alone, and give its adapter with --adapter")
+        check_reachable(model.model.path, model.model.revision)
+        return Path(model.local_path())
+    except InputError:
+        raise
+    except Exception as error:  # no name of a repository, or not to be downloaded
         raise InputError(
             f"{name}: neither a directory nor a model of the hub that can be reached ({reason_of(error)})"
         ) from error

@@ -1,16 +1,19 @@
 """`aligned_mean`: mergekit's own `linear`, on full models that are aligned to the base as they are read."""
 
 from collections import ChainMap
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Set
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import AfterValidator
 
-from mergekit_tspa.adapters import is_adapter, log_alignment
+from mergekit_tspa.adapters import is_adapter, log_alignment, same_tensors
+from mergekit_tspa.base.architectures import VOCABULARY
 from mergekit_tspa.errors import InputError, did_you_mean
 from mergekit_tspa.methods import MEAN_OF_MODELS
 from mergekit_tspa.plugin.compat import (
     BasePolicy,
+    ExecuteMergeMethodTask,
     FinalizeModel,
     GroupMergeMethod,
     InputContract,
@@ -24,11 +27,25 @@ from mergekit_tspa.plugin.compat import (
     ParameterSpec,
     Task,
     TensorGroup,
+    aligns_vocabulary,
+    planned_tensors,
     registered_methods,
 )
-from mergekit_tspa.plugin.recipe import check_full_model, identity
+from mergekit_tspa.plugin.merge_method import WEIGHT
+from mergekit_tspa.plugin.recipe import (
+    Completed,
+    check_full_model,
+    check_names,
+    check_options,
+    check_parameters,
+    check_tokenizers,
+    identity,
+)
 from mergekit_tspa.plugin.references import AlignedLoader, AlignedReference
 from mergekit_tspa.symmetry.blocks import DEFAULT_KINDS, kinds_of
+
+if TYPE_CHECKING:  # this module is imported while mergekit's planner is not yet there
+    from mergekit_tspa.plugin.compat import MergePlanner
 
 
 def _symmetries(text: str) -> str:
@@ -86,69 +103,117 @@ class AlignedMean(GroupMergeMethod):
         return merged
 
 
-def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Let the models of a recipe be read aligned to the base, which is the first model if none is named.
+def complete(config: MergeConfiguration, options: MergeOptions, absent: Set[str] = frozenset()) -> Completed:
+    """Complete a copy of a recipe, in which models are read aligned to the base, by default the first one.
 
-    A base that is not among the models takes part with weight 0.
+    A base that is not among the models takes part with weight 0.  What is wrong: inputs that are no full
+    models of one architecture, parameters that are unknown or out of range, slices and modules.
+
+    Args:
+        absent: models that do not exist yet; they stay as they are
+    """
+    config = config.model_copy(deep=True)
+    faults = [*check_options(config, options), *check_parameters(config, AlignedMean.spec, _unknown)]
+    flawed = len(faults) > 0
+    if not config.models or config.slices or config.modules:
+        what = "it compares whole models, so list them under models:, without slices and modules"
+        return Completed(config, [*faults, InputError(f"{MEAN_OF_MODELS}: {what}")])
+    if misnamed := [*check_names(config, options)]:
+        return Completed(config, [*faults, *misnamed])
+    config.base_model = config.base_model or config.models[0].model
+    if adapters := [*_adapters(config, options, absent)]:
+        return Completed(config, [*faults, *adapters])
+    faults += check_tokenizers(config, options, absent)
+    faults += _complete_models(config, options, absent, {} if flawed else config.parameters or {})
+    return Completed(config, faults)
+
+
+def adopt(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Complete a recipe that mergekit already holds, in place.
 
     Raises:
-        InputError: inputs that are no full models of one architecture, or parameters that are unknown.
+        InputError: the first of its faults; the recipe is then as it was.
     """
-    models = config.models
-    if not models or config.slices or config.modules:
-        raise InputError(
-            f"{MEAN_OF_MODELS}: it compares whole models, so list them under models:, without slices and "
-            "modules"
-        )
-    _check_parameters(config)
-    config.base_model = base = config.base_model or models[0].model
-    seen: set[Any] = set()
-    for reference in (base, *(source.model for source in models)):
-        if reference.lora or is_adapter(
-            reference.model.path, reference.model.revision, options.transformers_cache
-        ):
-            raise InputError(
+    completed, faults = complete(config, options)
+    if faults:
+        raise faults[0]
+    config.base_model, config.models = completed.base_model, completed.models
+
+
+def _unknown(name: str) -> str:
+    known = [parameter.name for parameter in AlignedMean.spec.parameters]
+    return f"{MEAN_OF_MODELS} has no parameter {name!r}{did_you_mean(name, known)}"
+
+
+def _adapters(config: MergeConfiguration, options: MergeOptions, absent: Set[str]) -> Iterator[InputError]:
+    for reference in dict.fromkeys(config.referenced_models()):
+        path = reference.model
+        if path.path in absent and not reference.lora:
+            continue
+        if reference.lora or is_adapter(path.path, path.revision, options.transformers_cache):
+            yield InputError(
                 f"{reference}: {MEAN_OF_MODELS} takes full models; merge the adapter into its model first, "
                 "or use a method on adapters with align:"
             )
+
+
+def _complete_models(
+    config: MergeConfiguration, options: MergeOptions, absent: Set[str], shared: Mapping[str, Any]
+) -> Iterator[InputError]:
+    """Write the base as `base_model` spells it, and the others as models that are aligned to it.
+
+    Args:
+        shared: parameters of the whole recipe
+    """
+    base, models = config.base_model, config.models
+    assert base is not None and models is not None
+    seen: set[Any] = set()
     for source in models:
         reference = source.model
         if (key := identity(reference.model)) in seen:
-            raise InputError(f"{reference}: listed twice; list it once with the summed weight")
+            yield InputError(f"{reference}: listed twice; list it once with the summed weight")
         seen.add(key)
         if key == identity(base.model):
             source.model = base
-            continue
-        check_full_model(reference, base, options.trust_remote_code)
-        given = ChainMap(source.parameters or {}, config.parameters or {})
-        source.model = AlignedReference(
-            model=reference.model,
-            base=base,
-            kinds=kinds_of(str(given.get("align", ", ".join(DEFAULT_KINDS)))),
-            device=None if options.multi_gpu else options.device,  # None: that of the thread
-            override_architecture=reference.override_architecture,
-        )
+        elif absent.isdisjoint((reference.model.path, base.model.path)):
+            given = ChainMap(source.parameters or {}, dict(shared))
+            try:
+                check_full_model(reference, base, options.trust_remote_code)
+                kinds = kinds_of(str(given.get("align", ", ".join(DEFAULT_KINDS))))
+            except InputError as error:
+                yield error
+                continue
+            source.model = AlignedReference(
+                model=reference.model,
+                base=base,
+                kinds=kinds,
+                device=None if options.multi_gpu else options.device,  # None: that of the thread
+                override_architecture=reference.override_architecture,
+            )
     if identity(base.model) not in seen:
-        models.append(InputModelDefinition(model=base, parameters={"weight": 0.0}))
+        models.append(InputModelDefinition(model=base, parameters={WEIGHT.name: 0.0}))
 
 
-def _check_parameters(config: MergeConfiguration) -> None:
+def check_plan(planner: "MergePlanner") -> None:
     """
     Raises:
-        InputError: an unknown name, or a value that is none.
+        InputError: the models have other tensors, or of other shapes where mergekit does not resize them, or
+            the weights of a tensor cannot be divided by their sum.
     """
-    specs = {spec.name: spec for spec in AlignedMean.spec.parameters}
-    for holder in (config, *(config.models or ())):
-        for name, setting in (holder.parameters or {}).items():
-            if name not in specs:
-                raise InputError(f"{MEAN_OF_MODELS} has no parameter {name!r}{did_you_mean(name, specs)}")
-            if name == "align":
-                try:
-                    specs[name].validate(setting)
-                except ValueError as error:
-                    raise InputError(
-                        f"align: {setting}: give some of permutation, rotation, scale, or all"
-                    ) from error
+    resizes = aligns_vocabulary(planner) or planner.options.unsafe_truncate_embeddings
+    for reference in planner.config.referenced_models():
+        loader = LoaderCache().get(reference)
+        if isinstance(loader, AlignedLoader):
+            model, base = loader.aligned.model, loader.aligned.anchor
+            same_tensors(model.name, model, base, resized=VOCABULARY if resizes else ())
+    for weight, task in planned_tensors(planner):
+        assert isinstance(task, ExecuteMergeMethodTask)
+        weights = [float(given[WEIGHT.name]) for given in task.input_parameters.values()]
+        if task.parameters["normalize"] and abs(sum(weights)) <= 1e-6 * sum(map(abs, weights)):
+            raise InputError(
+                f"{weight.name}: the weights of the models add up to 0, by which normalize would divide; "
+                "give other weights, or normalize: false"
+            )
 
 
 class LogAlignment(Task[None], frozen=True):

@@ -22,6 +22,7 @@ from mergekit_tspa.plugin.compat import (
     can_convert_checkpoint_keys,
     get_auto_cls,
 )
+from mergekit_tspa.plugin.references import config_of
 
 LOG = logging.getLogger(__name__)
 
@@ -43,9 +44,11 @@ def fit_architecture(find: Find, config: MergeConfiguration, options: MergeOptio
         InputError: there is no base, or it is no model of one class, it lacks tensors that transformers needs
             too, or the recipe does not go by its modules.
     """
-    reference = config.base_model
+    reference: Any = config.base_model
     try:
-        model_config = reference.config(options.trust_remote_code)
+        model_config = config_of(reference, options.trust_remote_code)
+    except InputError:
+        raise
     except (
         Exception
     ) as error:  # not there, not reachable, damaged, unknown: transformers has many words for it

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from mergekit_tspa.methods import METHODS
+from mergekit_tspa.methods import MEAN_OF_MODELS, METHODS
+from mergekit_tspa.plugin.aligned_mean import AlignedMean
 from mergekit_tspa.plugin.compat import CARD_TEMPLATE, MergeConfiguration, ModelPath
 from mergekit_tspa.plugin.recipe import weights_of
 
@@ -17,7 +18,7 @@ def model_card(config: MergeConfiguration, config_yaml: str, name: str | None = 
 
     It depends on the recipe and the versions alone, so two runs write the same.
     """
-    weights = weights_of(config)
+    weights = weights_of(config, base=config.merge_method == MEAN_OF_MODELS)
     inputs = [reference.lora or reference.model for reference in weights]
     hub = {path.path: None for path in (config.base_model.model, *inputs) if _on_hub(path)}
     metadata = {"base_model": [*hub], "tags": ["mergekit", "merge"], "library_name": "transformers"}
@@ -51,6 +52,9 @@ def _table(weights: Mapping[str, str]) -> str:
 
 
 def _method(config: MergeConfiguration) -> str:
+    if config.merge_method == MEAN_OF_MODELS:
+        spec = AlignedMean.spec
+        return f"[{spec.pretty_name}]({spec.reference_url}) (Wortsman et al., 2022; Ainsworth et al., 2023)"
     method = METHODS[config.merge_method]
     return f"[{method.title}]({method.url}) ({method.paper})"
 
@@ -60,7 +64,8 @@ def _made_by(config: MergeConfiguration) -> str:
     versions = ", ".join(
         f"{package} {version(package)}" for package in ("mergekit-tspa", "mergekit", "torch")
     )
-    fields = METHODS[config.merge_method].parameter_fields()
+    method = METHODS.get(config.merge_method)
+    fields = method.parameter_fields() if method else {}
     seed = (config.parameters or {}).get("seed", fields["seed"].default) if "seed" in fields else None
     return f"with {versions}" + (f" and seed {seed}" if seed is not None else "")
 

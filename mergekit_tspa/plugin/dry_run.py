@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -21,6 +21,7 @@ from rich.table import Column, Table
 
 from mergekit_tspa.adapters import kind_of, locate_adapter, read_adapter
 from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError, reason_of
 from mergekit_tspa.insight.forecast import AdapterOutcome, Forecast, SeenAdapter, StoredAs
 from mergekit_tspa.insight.inspection import short_names
@@ -35,14 +36,22 @@ from mergekit_tspa.plugin.compat import (
     MergePlanner,
     ModelReference,
     aligns_vocabulary,
+    planned_tensors,
     stored_name,
 )
 from mergekit_tspa.plugin.merge_method import ADAPTER
 from mergekit_tspa.plugin.planning import PlannedRecipe, merge_of
 from mergekit_tspa.plugin.recipe import complete, sources
 from mergekit_tspa.plugin.recipe_file import faults_of
-from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, adapter_loader, base_loader
+from mergekit_tspa.plugin.references import (
+    AdapterReference,
+    FullModelReference,
+    adapter_loader,
+    base_loader,
+    config_of,
+)
 from mergekit_tspa.plugin.spelling import UnreadableRecipe
+from mergekit_tspa.plugin.tasks import LoadBase
 
 T = TypeVar("T")
 
@@ -93,7 +102,7 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
     run, method = DryRun(config), METHODS[config.merge_method]
     problems = run.problems
     LoaderCache().setup(options=options)
-    with _collected(run.warnings):
+    with collected(run.warnings):
         config, faults = complete(config, options, stages)
         run.config = config
         problems += dict.fromkeys(fault.message for fault in faults)
@@ -105,7 +114,7 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
             )
         staged = base is not None and base.model.path in stages
         unreadable = f"base {base} is not readable as a model"
-        found = base and not staged and attempt(problems, unreadable, lambda: _open_base(base, options))
+        found = base and not staged and attempt(problems, unreadable, lambda: open_base(base, options))
         for reference in dict.fromkeys(source.model for source in sources(config)):
             if reference.lora and not reference.lora.path:
                 continue  # a fault of the recipe already
@@ -170,8 +179,8 @@ def _see(reference: ModelReference, fit: bool) -> SeenAdapter:
     return SeenAdapter.of(adapter, kind_of(directory))
 
 
-def _open_base(base: ModelReference, options: MergeOptions) -> bool:
-    base.config(options.trust_remote_code)
+def open_base(base: ModelReference, options: MergeOptions) -> bool:
+    config_of(base, options.trust_remote_code)
     return bool(Checkpoint(LoaderCache().get(base).index.base_path).headers)
 
 
@@ -185,7 +194,7 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
     return Forecast(
         plan=recipe.merge,
         base=str(config.base_model),
-        stored=_stored(planner, recipe),
+        stored=stored_tensors(planner, recipe.loads, recipe.base),
         chunks=[merge.work.chunk for merge in dict.fromkeys(tasks.merges.values())],
         adapter=_adapter(recipe),
         wants_adapter=bool((config.parameters or {}).get(ADAPTER.name)),
@@ -197,14 +206,20 @@ def _forecast(config: MergeConfiguration, options: MergeOptions) -> Forecast:
     )
 
 
-def _stored(planner: MergePlanner, recipe: PlannedRecipe) -> dict[str, StoredAs | None]:
-    """How the output's tensors will be stored; None for those that the base does not have."""
-    config, base = recipe.config, recipe.base
+def stored_tensors(
+    planner: MergePlanner, loads: Mapping[str, LoadBase], base: ModelTensors
+) -> dict[str, StoredAs | None]:
+    """How the output's tensors will be stored; None for those that the base does not have.
+
+    Args:
+        loads: tasks that load the base's tensors, where there are any of ours
+    """
+    config = planner.config
     loader = base_loader(config)
     headers = Checkpoint(loader.index.base_path).headers
     stored: dict[str, StoredAs | None] = {}
-    for weight in recipe.weights:
-        load = recipe.loads.get(weight.name) or LoadTensor(  # its vocabulary is aligned
+    for weight, _ in planned_tensors(planner):
+        load = loads.get(weight.name) or LoadTensor(  # also where its vocabulary is aligned
             model=config.base_model, tensor=weight.name, aliases=weight.aliases, tied_names=weight.tied_names
         )
         name = stored_name(load, loader)
@@ -245,7 +260,7 @@ class _Collector(logging.Handler):
 
 
 @contextmanager
-def _collected(warnings: list[str]) -> Iterator[None]:
+def collected(warnings: list[str]) -> Iterator[None]:
     """Warnings that are logged become part of the report."""
     handler = _Collector(warnings)
     logging.getLogger().addHandler(handler)

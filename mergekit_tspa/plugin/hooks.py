@@ -217,7 +217,7 @@ def _run_merge(
 def _generate_card(
     original: Hook, config: compat.MergeConfiguration, config_yaml: str, name: str | None = None
 ) -> str:
-    if not _ours(config.merge_method):
+    if not _ours(config.merge_method) and not _is_mean(config.merge_method):
         return original(config, config_yaml, name)
     from mergekit_tspa.plugin.card import model_card
 
@@ -246,6 +246,10 @@ def _plan(original: Hook, planner: compat.MergePlanner) -> None:
         from mergekit_tspa.plugin.planning import replace_tasks
 
         replace_tasks(planner)
+    elif _is_mean(planner.config.merge_method):
+        from mergekit_tspa.plugin.aligned_mean import check_plan
+
+        check_plan(planner)
 
 
 def _plan_in_memory(original: Hook, planner: compat.MergePlanner) -> list[compat.Task]:
@@ -287,8 +291,10 @@ def _plan_to_disk(original: Hook, planner: compat.MergePlanner, out_path: str) -
 def _plan_mean(original: Hook, planner: compat.MergePlanner, out: Path) -> list[compat.Task]:
     from mergekit_tspa.plugin.aligned_mean import LogAlignment
     from mergekit_tspa.plugin.output import begin_model, weights_in
+    from mergekit_tspa.plugin.recipe import check_output
     from mergekit_tspa.plugin.tasks import ClearEarlier, EarlierWeights
 
+    check_output(out, planner.config)
     models = tuple(dict.fromkeys(source.model for source in planner.config.models or ()))
     tasks = original(planner, str(out))
     begin_model(planner.config, out)

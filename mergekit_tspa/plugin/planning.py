@@ -77,7 +77,7 @@ class PlannedRecipe:
     @property
     def base(self) -> ModelTensors:
         """The base as adapters see it."""
-        return _base_tensors(self.config, self.options)
+        return base_tensors(self.config, self.options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ def plan_recipe(planner: MergePlanner) -> PlannedRecipe:
     guide, texts = None, _text_sources(planner, adapters)
     if method.guided:
         directory = base_loader(config).index.base_path
-        guide = Guide(_base_tensors(config, options), Path(directory), texts)
+        guide = Guide(base_tensors(config, options), Path(directory), texts)
     merge = plan_merge(
         method,
         [loader.adapter for loader in adapters.values()],
@@ -411,7 +411,8 @@ def _geometry(config: MergeConfiguration, options: MergeOptions) -> Callable[[st
     return cache(lambda block: AttentionGeometry.from_config(model, block))
 
 
-def _base_tensors(config: MergeConfiguration, options: MergeOptions) -> ModelTensors:
+def base_tensors(config: MergeConfiguration, options: MergeOptions) -> ModelTensors:
+    """The tensors of the base of a completed recipe."""
     checkpoint = Checkpoint(base_loader(config).index.base_path)
     model = config.base_model.config(options.trust_remote_code)
     return ModelTensors.of(str(config.base_model), checkpoint, model.to_dict())

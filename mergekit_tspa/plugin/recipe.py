@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from mergekit_tspa.adapters import base_of_adapter, check_architecture, is_adapter
+from mergekit_tspa.adapters import base_of_adapter, check_architecture, check_reachable, is_adapter
 from mergekit_tspa.errors import InputError, did_you_mean, reason_of
 from mergekit_tspa.merging.servable import LEFT_OUT
 from mergekit_tspa.methods import METHODS, Method
@@ -22,12 +22,14 @@ from mergekit_tspa.plugin.compat import (
     InputModelDefinition,
     InputSliceDefinition,
     MergeConfiguration,
+    MergeMethodSpec,
     MergeOptions,
     ModelArchitecture,
     ModelPath,
     ModelReference,
     OutputModuleDefinition,
     OutputSliceDefinition,
+    ParameterScope,
     ParameterSpec,
     accelerator_count,
     dtype_from_name,
@@ -40,7 +42,7 @@ from mergekit_tspa.plugin.merge_method import (
     WEIGHT,
     AdapterMergeMethod,
 )
-from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, TurnedReference
+from mergekit_tspa.plugin.references import AdapterReference, FullModelReference, TurnedReference, config_of
 
 LOG = logging.getLogger(__name__)
 Source = InputModelDefinition | InputSliceDefinition
@@ -65,14 +67,15 @@ def complete(config: MergeConfiguration, options: MergeOptions, absent: Set[str]
         absent: models that do not exist yet; what needs them stays as it is
     """
     config = config.model_copy(deep=True)
-    faults = [*_check_options(config, options)]
+    faults = [*check_options(config, options)]
     _take_seed(config, options)
-    flawed = [*_check_parameters(config, METHODS[config.merge_method])]
+    method = METHODS[config.merge_method]
+    flawed = [*check_parameters(config, AdapterMergeMethod(method).spec, method.unknown_parameter)]
     faults += flawed
-    for step in (_check_names, _complete_adapters, _complete_base):
+    for step in (check_names, _complete_adapters, _complete_base):
         if found := [*step(config, options)]:
             return Completed(config, [*faults, *found])
-    faults += _check_tokenizers(config, options, absent)
+    faults += check_tokenizers(config, options, absent)
     faults += _complete_sources(config, options, absent, parameters=not flawed)
     assert config.base_model is not None  # `_complete_base` found no fault
     for output_slice in _slices(config):
@@ -106,7 +109,7 @@ def adopt_modules(config: MergeConfiguration, architecture: ModelArchitecture) -
         config.modules[name] = OutputModuleDefinition(models=[InputModelDefinition(model=config.base_model)])
 
 
-def _check_options(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
+def check_options(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     """What mergekit itself would find out only after the solving."""
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
@@ -164,7 +167,7 @@ def sources(config: MergeConfiguration) -> Iterator[Source]:
     return (source for group, _ in _groups(config) for source in group)
 
 
-def _check_names(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
+def check_names(config: MergeConfiguration, options: MergeOptions) -> Iterator[InputError]:
     """Names that are left empty, or that no file system has."""
     base = config.base_model
     if base and not base.model.path:
@@ -204,7 +207,7 @@ def _base_of(adapter: ModelPath, options: MergeOptions) -> ModelReference:
     path = base_of_adapter(adapter.path, adapter.revision, options.transformers_cache)
     try:
         base = ModelReference(model=ModelPath(path=path))
-        base.config(options.trust_remote_code)
+        config_of(base, options.trust_remote_code)
     except Exception as error:  # not named, not there, not reachable, not a model: all need the same way out
         raise InputError(
             f"{adapter}: its adapter_config.json names the base model {path!r}, which is neither a model "
@@ -241,7 +244,7 @@ def _complete_base(config: MergeConfiguration, options: MergeOptions) -> Iterato
         )
 
 
-def _check_tokenizers(
+def check_tokenizers(
     config: MergeConfiguration, options: MergeOptions, absent: Set[str]
 ) -> Iterator[InputError]:
     """Tokenizers that the recipe asks for; mergekit would miss them once it has begun to merge."""
@@ -254,6 +257,7 @@ def _check_tokenizers(
         if model.path in absent:
             continue
         try:
+            check_reachable(model.path, model.revision)
             AutoTokenizer.from_pretrained(
                 model.path, revision=model.revision, trust_remote_code=options.trust_remote_code
             )
@@ -330,19 +334,24 @@ def filters(config: MergeConfiguration) -> set[str]:
     return {part for part in named if part not in (None, "*")}
 
 
-def weights_of(config: MergeConfiguration) -> dict[ModelReference, str]:
-    """The weight of each input but the base, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and
-    tensors.
+def weights_of(config: MergeConfiguration, base: bool = False) -> dict[ModelReference, str]:
+    """The weight of each input, as the recipe has it: `0.5`, or `0.5 to 0.7` over layers and tensors.
+
+    Args:
+        base: also that of the base, which is an input of `aligned_mean`
     """
     used: dict[ModelReference, list[float]] = {}
     for group, holders in _groups(config):
         for source in group:
-            if source.model != config.base_model:
-                given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
-                used.setdefault(source.model, []).extend(
-                    map(float, _scalars(given.get(WEIGHT.name, WEIGHT.default)))
-                )
+            if base or source.model != config.base_model:
+                used.setdefault(source.model, []).extend(_weights(source, holders))
     return {reference: span(weights) for reference, weights in used.items()}
+
+
+def _weights(source: Source, holders: Sequence[Holder]) -> Iterator[float]:
+    """All values of the weight of an input, over layers and tensors."""
+    given = ChainMap(*(holder.parameters or {} for holder in (source, *holders)))
+    return map(float, _scalars(given.get(WEIGHT.name, WEIGHT.default)))
 
 
 def span(values: Iterable[float]) -> str:
@@ -386,11 +395,11 @@ def check_full_model(reference: ModelReference, base: ModelReference, trust_remo
     """
     model = reference.model
     try:
-        config = reference.config(trust_remote_code)
+        config = config_of(reference, trust_remote_code)
     except Exception as error:  # not there, not reachable, damaged: transformers has many words for it
         raise InputError(f"{model}: there is neither an adapter nor a model with a config.json") from error
     try:
-        base_config = base.config(trust_remote_code)
+        base_config = config_of(base, trust_remote_code)
     except Exception:  # mergekit itself says so of a base
         return
     check_architecture(str(model), config.to_dict(), str(base), base_config.to_dict())
@@ -436,15 +445,21 @@ def _append_base(output_slice: OutputSliceDefinition, base: ModelReference) -> I
     output_slice.sources.append(InputSliceDefinition(model=base, layer_range=ranges.pop()))
 
 
-def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[InputError]:
-    """mergekit ignores parameters that it does not know; a misspelt one must not pass."""
-    specs = {spec.name: spec for spec in AdapterMergeMethod(method).spec.parameters}
+def check_parameters(
+    config: MergeConfiguration, spec: MergeMethodSpec, unknown_parameter: Callable[[str], str]
+) -> Iterator[InputError]:
+    """mergekit ignores parameters that it does not know; a misspelt one must not pass.
+
+    Args:
+        unknown_parameter: what to say of one that the method does not have
+    """
+    specs = {parameter.name: parameter for parameter in spec.parameters}
     modules = (config.modules or {}).values()
     holders: list[Holder | Source] = [config, *modules, *_slices(config), *sources(config)]
     for holder in holders:
         for name, setting in (holder.parameters or {}).items():
             if name not in specs:
-                yield InputError(method.unknown_parameter(name))
+                yield InputError(unknown_parameter(name))
                 continue
             if holder is not config and name in ADAPTER_PARAMETERS:
                 yield InputError(f"{name} applies to the whole merge; move it to the top level")
@@ -459,7 +474,8 @@ def _check_parameters(config: MergeConfiguration, method: Method) -> Iterator[In
                 continue
             if name in (*PER_MODEL, *(spec.name for spec in TEXTS)) and isinstance(setting, list):
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
-            if isinstance(holder, Source) and name in method.parameter_fields() and name not in PER_MODEL:
+            of_all = specs[name].scope is ParameterScope.SHARED and name not in ADAPTER_PARAMETERS
+            if isinstance(holder, Source) and of_all:
                 yield InputError(
                     f"{name} applies to the whole merge; move it from {holder.model} to the top level"
                 )
@@ -489,7 +505,8 @@ def check_output(out: Path, config: MergeConfiguration) -> None:
         raise InputError(
             f"{out}: holds an adapter, which transformers would apply to a model there; name another one"
         )
-    kept = {DESCRIPTION: METHODS[config.merge_method].record is not None}
+    method = METHODS.get(config.merge_method)
+    kept = {DESCRIPTION: method is not None and method.record is not None}
     kept["adapter"] = (config.parameters or {}).get(ADAPTER.name) is True
     for name, rewritten in kept.items():
         if (out / name).exists() and not rewritten:

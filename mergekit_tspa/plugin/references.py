@@ -4,10 +4,12 @@ from collections.abc import KeysView
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from mergekit_tspa.adapters import (
     Adapter,
     Extraction,
+    check_reachable,
     extract_adapter,
     locate_adapter,
     read_adapter,
@@ -88,6 +90,16 @@ class AlignedReference(ModelReference, frozen=True):
         base, model = (_tensors(reference, cache_dir) for reference in (self.base, self))
         aligned = AlignedModel(model, base, self.kinds, self.device)
         return AlignedLoader(self.tensor_index(cache_dir), lazy_unpickle, aligned)
+
+
+def config_of(reference: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of the full model of a reference.
+
+    Raises:
+        Exception: there is none, of one of the dozen types that transformers and the hub raise.
+    """
+    check_reachable(reference.model.path, reference.model.revision)
+    return reference.config(trust_remote_code)
 
 
 def _tensors(reference: ModelReference, cache_dir: str | None) -> ModelTensors:

@@ -26,16 +26,18 @@ class Map(NamedTuple):
     """What happens to the n units of a role, each of d rows: `Y_i = R_i X_{p_i}`."""
 
     p: Tensor  # (n,)
-    R: Tensor | None = None  # (n, d, d), with a scale on it; None: the identity
+    R: Tensor | None = None  # (m, d, d), of n/m units each, with a scale on it; None: the identity
 
     def __call__(self, X: Tensor) -> Tensor:
         """
         Args:
             X: (n d, m), in float32 where it turns
         """
-        units = X.unflatten(0, (len(self.p), -1))[self.p.to(X.device)]
-        turned: Tensor = units if self.R is None else self.R.to(X) @ units
-        return turned.flatten(0, 1)
+        units: Tensor = X.unflatten(0, (len(self.p), -1))[self.p.to(X.device)]
+        if self.R is None:
+            return units.flatten(0, 1)
+        turned: Tensor = self.R.to(X)[:, None] @ units.unflatten(0, (len(self.R), -1))
+        return turned.flatten(0, 2)
 
     @property
     def still(self) -> bool:
@@ -94,9 +96,7 @@ def align_attention(
         sides = (_grouped(A, m) for A in (*placed, X_0[x], X_0[y]))
         R, k = _turn(*sides, rotary_dim=(g.rotary_dim or 0) if x == "q" else 0, kinds=free)
         for role, factor in ((x, k), (y, 1 / k)):
-            turned = (
-                None if R is None else (factor[:, None, None] * R).repeat_interleave(counts[role] // m, 0)
-            )
+            turned = None if R is None else (factor[:, None, None] * R).to(model[role].dtype)
             maps[role] = Map(places[role], turned)
     return maps
 

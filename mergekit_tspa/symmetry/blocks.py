@@ -41,7 +41,7 @@ _HEAD_NORM = re.compile(r"(q|k|query|key)_?(layer)?_?norm\.(weight|bias)")
 
 
 def kinds_of(text: str) -> tuple[Kind, ...]:
-    """The symmetries of `permutation, rotation`, or of `all`.
+    """The symmetries of `permutation, rotation`, or of `all`; none of an empty text.
 
     Raises:
         InputError: one of the names is no symmetry.

@@ -431,7 +431,7 @@ def test_errors(llama, adapters, tmp_path):
     (tmp_path / "broken.yml").write_text("a: [")
     assert "broken.yml: not readable as YAML" in error(tmp_path / "broken.yml")
     lost = recipe("core_tsv", tmp_path / "nowhere", adapters)
-    assert "nowhere: no model" in error(write_recipe(tmp_path / "lost.yml", lost))
+    assert "nowhere: there is no such model" in error(write_recipe(tmp_path / "lost.yml", lost))
     weightless = shutil.copytree(
         llama, tmp_path / "weightless", ignore=shutil.ignore_patterns("*.safetensors")
     )

@@ -169,12 +169,31 @@ def test_recipes_that_cannot_be(llama, tmp_path):
     base, tuned, moved, lora = llama
     wide = save_llama(tmp_path / "wide", intermediate_size=98)
     deep = save_llama(tmp_path / "deep", num_hidden_layers=3)
+    larger = save_llama(tmp_path / "larger", vocab_size=100)
+    untied = save_llama(tmp_path / "untied", tie_word_embeddings=False)
     sliced = {"merge_method": "aligned_mean", "base_model": str(base)}
     sliced["slices"] = [{"sources": [{"model": str(moved), "layer_range": [0, 2]}]}]
     cases = {
         "without slices and modules": sliced,
         r"has no parameter 'wieght'; did you mean weight": mean_of(base, [tuned], parameters={"wieght": 1.0}),
-        "align: turns: give some of": mean_of(base, [tuned], parameters={"align": "turns"}),
+        "'turns' is no symmetry": mean_of(base, [tuned], parameters={"align": "turns"}),
+        "align: name a symmetry, or use mergekit's linear": mean_of(base, [tuned], parameters={"align": ""}),
+        "align: .* give one value per model, no": mean_of(
+            base, [tuned], parameters={"align": ["all", "all"]}
+        ),
+        "weight: 'much': Input should be a valid number": mean_of(base, [tuned], ["much"]),
+        "weight: an empty list": mean_of(base, [tuned], [[]]),
+        r"up_proj.weight: the weights of the models add up to 0": mean_of(
+            base, [tuned], [[{"filter": "up_proj", "value": 0.0}, {"value": 1.0}]]
+        ),
+        r"embed_tokens.weight has shape \(100, 64\), but \(96, 64\)": mean_of(base, [larger]),
+        "only the base .* ties embedding and head": mean_of(base, [untied]),
+        "normalize: 'maybe'": mean_of(base, [tuned], parameters={"normalize": "maybe"}),
+        "normalize applies to the whole merge": mean_of(base, [])
+        | {"models": [{"model": str(tuned), "parameters": {"normalize": False}}]},
+        "dtype: 'bf16' is no dtype": mean_of(base, [tuned], dtype="bf16"),
+        "tokenizer_source: .* has no tokenizer": mean_of(base, [tuned], tokenizer_source="base"),
+        "cannot hold the character NUL": mean_of("a\0b", [tuned]),
         "takes full models": mean_of(base, [f"{moved}+{lora}"]),
         "listed twice": mean_of(base, [tuned, tuned]),
         "it has 3 layers": mean_of(base, [deep]),
@@ -190,6 +209,15 @@ def test_recipes_that_cannot_be(llama, tmp_path):
             result.output,
         )
         assert not (tmp_path / "out").exists()
+        result = CliRunner().invoke(main, ["check", str(tmp_path / "out.yml")])
+        assert result.exit_code == 1 and re.search(f"Error: .*{message}", result.stderr), (
+            message,
+            result.output,
+        )
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/adapter_config.json").write_text("{}")
+    result = merge(mean_of(base, [tuned]), tmp_path / "out")
+    assert result.exit_code == 1 and "holds an adapter" in result.output
     with pytest.raises(InputError, match="is no symmetry"):
         merge_adapters("lora_ties", [moved], base=base, align="turned")
 
@@ -202,8 +230,47 @@ def test_check_says_what_alignment_takes(llama, tmp_path):
     result = CliRunner().invoke(main, ["check", str(file)])
     assert result.exit_code == 0, result.output
     assert "aligned" in result.output and re.search(r"aligning\s+a\s+block", result.output)
-    file = write_recipe(tmp_path / "mean.yml", mean_of(base, [moved]))
-    assert "`mergekit-tspa align` says how far" in CliRunner().invoke(main, ["check", str(file)]).output
+
+
+def test_check_plans_a_mean(llama, tmp_path):
+    base, tuned, moved, _ = llama
+
+    def check(config):
+        file = write_recipe(tmp_path / "mean.yml", config)
+        result = CliRunner().invoke(main, ["check", str(file)], env={"COLUMNS": "200"})
+        return result.exit_code, re.sub(r"[ │]+", " ", result.output)
+
+    config = mean_of(base, [moved, tuned], [0.5, [0.2, 0.4]], parameters={"align": "all"})
+    code, output = check(config)
+    assert code == 0, output
+    for row in (
+        "moved permutation, rotation, scale 4 0.5",
+        "tuned permutation, rotation, scale 4 0.2 to 0.4",
+    ):
+        assert row in output
+    assert "base - - 0 " in output and "aligning a block" in output
+    assert not list(tmp_path.glob("out*"))
+    nbytes = sum(W.nbytes for W in merged_tensors(config, tmp_path / "out").values())
+    assert f"model.safetensors, {nbytes:,} bytes" in output
+    # two things at once, and what cannot be turned
+    wide = save_llama(tmp_path / "wide", intermediate_size=98)
+    code, output = check(mean_of(base, [wide, tmp_path / "nowhere"]))
+    assert code == 1 and "has shape (64, 98)" in output and "nowhere: there is neither" in output
+    qwen = save_model(tmp_path / "qwen", ARCHITECTURES["Qwen3"].kind, **ARCHITECTURES["Qwen3"].config)
+    code, output = check(mean_of(qwen, [plant(qwen, tmp_path / "other")]))
+    assert code == 0 and "their norms have learned scales" in output
+
+
+def test_check_of_stages(llama, tmp_path):
+    """What another stage makes is not there yet."""
+    base, _, moved, _ = llama
+    first = mean_of(base, [moved]) | {"name": "first"}
+    second = mean_of(base, ["first", moved])
+    file = tmp_path / "stages.yml"
+    file.write_text("---\n".join(write_recipe(tmp_path / "one.yml", c).read_text() for c in (first, second)))
+    result = CliRunner().invoke(main, ["check", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "first is the result of another stage" in result.output.replace("\n", " ")
 
 
 def test_inspect_says_how_far_models_were(llama, tmp_path):

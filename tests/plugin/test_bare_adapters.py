@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from click.testing import CliRunner
 
+from mergekit_tspa.commands.main import main
 from tests.conftest import merge, merged_tensors, recipe, save_adapter, save_llama
 from tests.plugin.test_merge import check, weighted_target
 
@@ -91,3 +93,23 @@ def test_hub_without_the_repository(llama, hub, tmp_path):
         result = merge(config, tmp_path / "out", "--transformers-cache", str(hub))
         assert result.exit_code == 1 and message in result.output, result.output
         assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(llama, monkeypatch, tmp_path):
+    """transformers and mergekit ask again and again, and wait between."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    one = {"merge_method": "lora_task_arithmetic", "base_model": str(llama), "models": [{"model": "no/such"}]}
+    other = {
+        "merge_method": "lora_task_arithmetic",
+        "base_model": "no/such",
+        "models": [{"model": str(llama)}],
+    }
+    for config in (one, other):
+        for method in ("lora_task_arithmetic", "aligned_mean"):
+            result = merge(config | {"merge_method": method}, tmp_path / "out")
+            assert result.exit_code == 1 and "Error: no/such: there is n" in result.output, result.output
+    for arguments in (["no/such", "--to", str(llama)], [str(llama), "--to", "no/such"]):
+        result = CliRunner().invoke(main, ["align", *arguments])
+        assert result.exit_code == 1 and "Error: no/such: there is no such model directory" in result.output

@@ -125,7 +125,7 @@ def test_problems_of_full_models(llama, adapters, tmp_path):
         assert sum(sentence in line for line in found) == 1, (sentence, found)
     assert len(found) == len(named)
     (line,) = errors(check(with_full(tmp_path / "nowhere", [], [full]), tmp_path))
-    assert "nowhere is not readable as a model" in line
+    assert "nowhere: there is no such model directory" in line
 
 
 def test_output_directories_do_not_matter(llama, adapters, tmp_path, monkeypatch):
@@ -209,10 +209,15 @@ def test_what_cannot_be_read(llama, adapters, tmp_path):
     (blank / "config.json").unlink()
     weightless = shutil.copytree(llama, tmp_path / "weightless")
     (weightless / "model.safetensors").unlink()
-    for base in (tmp_path / "nowhere", "someone/somewhere", blank, weightless):
+    for base, what in {
+        tmp_path / "nowhere": "there is no such model directory",
+        "someone/somewhere": "there is no such model directory, and it is not to be had from the hub",
+        blank: "is not readable as a model: ",
+        weightless: "is not readable as a model: ",
+    }.items():
         config = recipe("core_tsv", base, [adapters[0], tmp_path / "gone"])
         first, second = errors(check(config, tmp_path))
-        assert f"base {base} is not readable as a model: " in first and "gone" in second
+        assert str(base) in first and what in first and "gone" in second
     for text, reason in {
         "a: [": "not readable as YAML",
         "- 1": "holds no recipe",

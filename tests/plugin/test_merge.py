@@ -240,7 +240,7 @@ def bad_recipes(llama, adapters, folder):
         "shared parameter on a model": (misplaced, "move it"),
         "out of range": (recipe("tspa_lora", llama, [one], parameters={"lora_lr": -1}), "lora_lr: -1"),
         "negative weight": (recipe("tspa_lora", llama, [one, two], [1, -1]), "at least 0"),
-        "no base": (recipe("lora_task_arithmetic", folder / "none", [one]), "no model, here or on the hub"),
+        "no base": (recipe("lora_task_arithmetic", folder / "none", [one]), "no such model directory"),
         "no config": (recipe("lora_task_arithmetic", one, [one, two]), "no model, here or on the hub"),
         "no weight": (recipe("lora_task_arithmetic", llama, [one, two], [1, []]), "weight: an empty list"),
         "layers beyond the base": (beyond, r"layer_range \[1, 9\] of .*/one: .* has 2 layers"),

@@ -271,7 +271,8 @@ def test_models_that_cannot_be_aligned(models, tmp_path):
             base,
         ),
         r"it is quantised \(model.layers.0.mlp.up_proj.weight\)": (quantised, base),
-        r"neither a directory nor a model of the hub": (tmp_path / "nowhere", base),
+        r"nowhere: there is no such model directory": (tmp_path / "nowhere", base),
+        r"give its adapter with --adapter": (f"{base}+{base}", base),
     }
     for message, (model, anchor) in cases.items():
         result = align(model, "--to", anchor, "--out", tmp_path / "out")
@@ -283,6 +284,7 @@ def test_models_that_cannot_be_aligned(models, tmp_path):
     for options, message in {
         ("--out", tmp_path / "there"): "is there already",
         ("--by", "turns"): "'turns' is no symmetry",
+        ("--by", ""): "--by: name a symmetry",
         ("--device", "nowhere"): "cannot be used",
     }.items():
         result = align(base, "--to", base, *options)
