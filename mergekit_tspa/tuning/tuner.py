@@ -156,7 +156,7 @@ class Tuner:
         done = [one.spec for one in self.study.tried(SCREEN)]
         specs = [self.start, *(Spec(method.name) for method in self._methods())]
         queue = [spec for i, spec in enumerate(specs) if spec not in done and spec not in specs[:i]]
-        share = SCREENING * (0.6 if self.examples else 1.0)
+        share = SCREENING * (0.6 if self._trains else 1.0)
         waiting, again = iter(queue), [*done]
 
         def next_job() -> tuple[Spec, Job] | None:
@@ -201,14 +201,13 @@ class Tuner:
             point = {which: method, "weighted": False} | defaults(METHODS[method], [])
             known = {f"{method}.{name}": value for name, value in best.spec.parameters.items()}
             self.study.start_at(point | {name: value for name, value in known.items() if name in point})
-        end = 1 - LAST - (TRAINING if self._trains else 0)
         again: list[tuple[Any, Spec, int]] = []  # trials that go on to their next round
 
         def next_job() -> tuple[Any, Job] | None:
             if again:
                 trial, spec, at = again.pop()
                 return (trial, spec, at), Job(spec, self._texts(at), self._patience)
-            if self.clock.left(end) <= 0:
+            if self.clock.left(1 - LAST - self._kept) <= 0:
                 return None
             trial = self.study.ask()
             name = trial.suggest_categorical(which, promising)
@@ -304,6 +303,12 @@ class Tuner:
     @property
     def _trains(self) -> bool:
         return self.examples and "distill" in METHODS
+
+    @property
+    def _kept(self) -> float:
+        """The share of the time that is kept for distillation; none if too little is left for one."""
+        time = min(TRAINING * self.clock.limit, self.clock.left(1 - LAST))
+        return TRAINING if self._trains and self._steps(time) >= FEWEST_STEPS else 0.0
 
     def _methods(self) -> Iterator[Method]:
         """Those that can be tried, closed formulas first, because solvers take long; no distillation."""

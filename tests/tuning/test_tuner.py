@@ -91,6 +91,8 @@ def methods(monkeypatch):
 class Search:
     """A search of some jobs; `run` may be called again."""
 
+    pace = 1e-7  # seconds a token
+
     def __init__(
         self, tmp_path, problem=None, work=loss, seconds=60, examples=False, capacity=1, general=False
     ):
@@ -125,7 +127,7 @@ class Search:
             Spec(start),
             self.examples,
             clock,
-            pace=1e-7,
+            pace=self.pace,
         )
         return tuner.run()
 
@@ -275,6 +277,15 @@ def test_with_examples_methods_read_and_one_is_trained(tmp_path):
     (finish,) = [one for one in found.tried if one.stage == FINISH]
     assert finish.spec == Spec("distill", {"steps": tuning.MOST_STEPS}) and found.best == finish.spec
     assert finish.round == 2
+
+
+def test_time_that_no_training_fits_into_is_searched_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning.Tuner, "_paced", lambda self, job, seconds: None)
+    search = Search(tmp_path, examples=True, seconds=90)
+    search.pace = 1.0
+    found = search.run()
+    assert found.untried == ["distill"] and not any(one.stage == FINISH for one in found.tried)
+    assert len(search.pool.done) >= (1 - tuning.LAST) * 90
 
 
 @pytest.mark.parametrize("at, finalists", [(3, 2), (20, 3)])
