@@ -8,7 +8,7 @@
 
 `--adapters` has a directory for each set of adapters, with one adapter a task in it; sets that are missing there are
 trained into build/reproduce/sets.  DIR of `--data` has `TASK.train.jsonl` and `TASK.dev.jsonl`, as `examples.py` wants
-them.  Every merge is kept in build/reproduce/rows.json as it is measured, and an interrupted run goes on where it was;
+them.  Every merge is kept in results/reproduction.json as it is measured, and an interrupted run goes on where it was;
 claims that need the least come first.  CLAIM is the beginning of a claim's name, such as `Table 1` or `CtM`.
 Workers are processes that measure rows side by side, on one GPU too; what measures time waits until they are done.
 """
@@ -60,6 +60,7 @@ from mergekit_tspa.updates import Dense, LowRank
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ROOT / "build/reproduce"
+RESULTS = ROOT / "benchmarks/results/reproduction.json"
 PAGE = ROOT / "docs/reproduction.md"
 ENOUGH = 64  # texts of each task
 SECONDS_A_TEXT = 0.4  # of the bench model on one core
@@ -369,9 +370,19 @@ def save(path: Path, records: Mapping[str, Any]) -> None:
     """Beside what another run has kept since."""
     records = {**load(path), **records}
     path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"{json.dumps(key)}: {json.dumps(_rounded(record))}" for key, record in sorted(records.items())]
     new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(records))
+    new.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     os.replace(new, path)
+
+
+def _rounded(value: Any) -> Any:
+    """Losses to a ten thousandth of a nat, which says more than 64 texts can."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [_rounded(own) for own in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 # The page
@@ -491,7 +502,7 @@ def main() -> None:
         own = commands.add_parser(command.__name__)
         own.set_defaults(command=command)
         own.add_argument("-n", type=int, default=ENOUGH, help="texts of each task")
-        own.add_argument("--results", type=Path, default=OWN / "rows.json")
+        own.add_argument("--results", type=Path, default=RESULTS)
         own.add_argument(
             "--only", nargs="*", default=[], help="beginnings of the names of claims, or sets to train"
         )
