@@ -404,7 +404,8 @@ def pages(book: Book) -> Iterator[str]:
         f"adapter, 0: as the base), with a 95 % bootstrap interval over {book.n} unseen texts a task. Two merges are compared on "
         "the same resampled texts, and a difference whose interval holds 0 is called none. Each comparison stands for itself: "
         "of a hundred, a few are off by chance. What is called tuned was chosen on "
-        f"{TUNING_TEXTS} texts a task of the train split, which the adapters may have seen, and is reported on the others.\n"
+        f"{TUNING_TEXTS} texts a task of the train split, which the adapters may have seen, and is reported on the others. The length along "
+        "the mean is 1 for the mean of the adapters' updates and n for their sum.\n"
     )
     if book.n < ENOUGH:
         yield f"**A first look:** fewer than {ENOUGH} texts a task.\n"
@@ -462,11 +463,17 @@ def shown(found: Interval, digits: int = 2) -> str:
 
 def detailed(claim: Claim, book: Book) -> Iterator[str]:
     """A line for each method and set, with what was seen of the merge and its losses."""
-    yield "| | set | keeps | left of the objective | norm, of the mean's | distance to the mean, of its norm | loss of the tasks | general, tool against the base |"
+    yield "| | set | keeps | left of the objective | norm, of the mean's | length along the mean | loss of the tasks | general, tool against the base |"
     yield "|---|---|---|---|---|---|---|---|"
     for label, line in claim.table.items():
         for column, entry in line.items():
             yield f"| {label} | {column} | {' | '.join(details(entry, book))} |"
+
+
+def along_the_mean(record: Mapping[str, Any]) -> float:
+    """`<M, D> / <D, D>` with the adapters' mean D: 1 for the mean itself, n for their sum."""
+    norm, distance = record["norm"], record["distance"]  # both in units of ||D||
+    return float(norm**2 + 1 - distance**2) / 2
 
 
 def details(entry: Entry, book: Book) -> list[str]:
@@ -487,7 +494,7 @@ def details(entry: Entry, book: Book) -> list[str]:
         kept,
         left or "-",
         f"{record['norm']:.2f}" if "norm" in record else "-",
-        f"{record['distance']:.2f}" if "distance" in record else "-",
+        f"{along_the_mean(record):.2f}" if "distance" in record else "-",
         " ".join(f"{mean_loss(losses[task]):.3f}" for task in own.merged),
         ", ".join(rest) or "-",
     ]
