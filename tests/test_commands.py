@@ -234,10 +234,12 @@ def test_example_recipes_are_valid(file):
     from mergekit.config import MergeConfiguration
 
     from mergekit_tspa import METHODS
-    from mergekit_tspa.plugin.recipe import _check_parameters
+    from mergekit_tspa.plugin.merge_method import AdapterMergeMethod
+    from mergekit_tspa.plugin.recipe import check_parameters
 
     for document in yaml.safe_load_all(file.read_text()):
         document.pop("name", None)
         config = MergeConfiguration.model_validate(document)
-        if config.merge_method in METHODS:
-            assert not list(_check_parameters(config, METHODS[config.merge_method]))
+        if method := METHODS.get(config.merge_method):
+            spec = AdapterMergeMethod(method).spec
+            assert not list(check_parameters(config, spec, method.unknown_parameter))
