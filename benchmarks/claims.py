@@ -887,10 +887,11 @@ def _others() -> Iterator[Claim]:
     yield _ahead(
         "SVC",
         "2026",
-        "It makes task arithmetic and Iso better.",
+        "It makes task arithmetic better.",
         "Full fine-tuning: task arithmetic 68.9 to 81.9, Iso-CTS 81.4 to 85.6.",
         (("lora_task_arithmetic", {"svc": True}), TA),
-        note="Iso is not tried: its singular values are all equal, so it has no directions whose lengths could be calibrated.",
+        note="The paper says so of Iso, too. That is not tried: its singular values are all equal, so it has no directions whose lengths "
+        "could be calibrated.",
     )
     yield _ahead(
         "LoRA-LEGO",

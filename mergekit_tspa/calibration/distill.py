@@ -129,16 +129,25 @@ def split_answers(
     Raises:
         InputError: an adapter has fewer than two.
     """
+    check_texts(answers)
     train, held = {}, {}
     for name, own in answers.items():
-        if len(own) < 2:
-            raise InputError(
-                f"{name}: distillation needs at least two texts of it, one of them to be held out"
-            )
         shuffled = random.Random(seed_of(str(seed), name)).sample(list(own), len(own))
         count = min(len(own) - 1, max(1, round(held_out * len(own))))
         held[name], train[name] = shuffled[:count], shuffled[count:]
     return train, held
+
+
+def check_texts(texts: Mapping[str, Sequence[object]]) -> None:
+    """
+    Raises:
+        InputError: an adapter has fewer than two.
+    """
+    for name, own in texts.items():
+        if len(own) < 2:
+            raise InputError(
+                f"{name}: distillation needs at least two texts of it, one of them to be held out"
+            )
 
 
 class _Order:

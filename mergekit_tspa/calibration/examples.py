@@ -112,7 +112,7 @@ def _rows(
             yield f"example {number}", partial(_checked_row, row)
         return
     try:
-        content = source.read_text(encoding="utf-8")
+        content = source.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(f"{source}: not readable as JSON lines ({reason})") from None

@@ -16,7 +16,7 @@ from mergekit_tspa.calibration.generate import self_texts, write_answers
 from mergekit_tspa.calibration.layers import Progress, silent
 from mergekit_tspa.calibration.load import load_model, load_tokenizer
 from mergekit_tspa.calibration.moments import InputStatistics, input_statistics
-from mergekit_tspa.calibration.score import Answers, single_answers
+from mergekit_tspa.calibration.score import ANSWER_TOKENS, Answers, single_answers
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Singles
 from mergekit_tspa.calibration.store import hash_adapter, hash_base, load_statistics
 from mergekit_tspa.errors import InputError
@@ -183,12 +183,7 @@ class Readings:
                     **sampling | {"seed": seed},
                 )
         for name, own in texts.items():
-            tokens = sum(len(example.tokens) for example in own)
-            if tokens < FEW_TOKENS:
-                self.warnings.append(
-                    f"{name}: its {len(own)} texts have {tokens} tokens together, which says little of its "
-                    "inputs; give more"
-                )
+            self.warnings += few_tokens(name, own)
         return {name: texts[name] for name in self.singles.names}
 
     @cached_property
@@ -204,7 +199,12 @@ class Readings:
     def answers(self, texts: int | None = None) -> dict[str, list[Answers]]:
         """What single adapters say of their texts, or of the first so many of each."""
         chosen = {name: own[:texts] for name, own in self.written.items()}
-        return single_answers(self.singles, chosen, progress=self.progress)
+        return single_answers(self.singles, chosen, batch_tokens=self.answer_tokens, progress=self.progress)
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many tokens are read at once where their logits are wanted."""
+        return min(ANSWER_TOKENS, self.how.batch_tokens)
 
     @property
     def _path(self) -> Path:
@@ -237,6 +237,17 @@ class Readings:
             adapter.name: load_statistics(file, base, hash_adapter(adapter))
             for adapter, file in wanted.items()
         }
+
+
+def few_tokens(name: str, examples: Sequence[Example]) -> list[str]:
+    """A warning if an adapter's texts have too few tokens for the ridge, or none."""
+    tokens = sum(len(example.tokens) for example in examples)
+    if tokens >= FEW_TOKENS:
+        return []
+    return [
+        f"{name}: its {len(examples)} texts have {tokens} tokens together, which says little of its inputs; "
+        "give more"
+    ]
 
 
 def part_of(examples: Sequence[Example], part: str) -> list[Example]:

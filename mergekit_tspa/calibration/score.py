@@ -208,13 +208,13 @@ def search_lambda(
         grid: of lambda
         batch_tokens: in a pass
     """
-    tried = 0
+    texts = sum(len(own) for own in answers.values())
+    pace = Pace("lambda", (len(grid) + 1) * texts, progress)
 
     def divergences(scale: float) -> dict[str, float]:
-        nonlocal tried
         scored = score(singles, updates if scale else {}, answers, scale, batch_tokens)
-        tried += 1
-        progress("lambda", min(1.0, tried / (len(grid) + 1)), None)
+        pace.finished(texts)
+        pace.at([*answers], 0)
         return {name: own.divergence for name, own in scored.items()}
 
     return line_search(divergences, grid)

@@ -165,13 +165,19 @@ class Forecast:
         if missing := [name for name, found in self.stored.items() if found is None]:
             yield f"{self.base} lacks {len(missing)} tensors of the output, {missing[0]} among them"
 
-    def rows(self, adapters: Sequence[SeenAdapter]) -> Iterator[tuple[str, str]]:
-        """What to print: a label and a sentence each."""
+    def rows(
+        self, adapters: Sequence[SeenAdapter], reading: Mapping[str, int] | None = None
+    ) -> Iterator[tuple[str, str]]:
+        """What to print: a label and a sentence each.
+
+        Args:
+            reading: bytes that reading texts takes, by what takes them
+        """
         yield "model", self._model()
         if self.plan.method.record:
             yield "records", f"{RECORDS} and {DESCRIPTION} beside it"
         yield "adapter", self._adapter()
-        yield "memory", self._memory(adapters)
+        yield "memory", self._memory(adapters, reading or {})
 
     def _model(self) -> str:
         changed = f"{len(self.plan.changed)} of {len(self.stored)} tensors changed"
@@ -195,7 +201,7 @@ class Forecast:
         """Of the output."""
         return shard_size(self.nbytes, self.shard_limit)
 
-    def _memory(self, adapters: Sequence[SeenAdapter]) -> str:
+    def _memory(self, adapters: Sequence[SeenAdapter], reading: Mapping[str, int]) -> str:
         """An upper estimate of the peak, by what is held at once."""
         method, stored = self.plan.method, self.stored
         largest = max((4 * s.values for name in self.plan.changed if (s := stored[name])), default=0)
@@ -203,6 +209,7 @@ class Forecast:
         aligned = [model.nbytes for model in (seen.adapter.aligned for seen in adapters) if model]
         parts = {
             "mergekit": IMPORTS,
+            **reading,
             "adapters": sum(adapter.nbytes for adapter in adapters),
             "a chunk to merge": max((chunk.nbytes for chunk in self.chunks), default=0),
             "merged updates": merged if method.solves or self.wants_adapter else 0,

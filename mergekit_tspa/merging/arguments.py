@@ -124,7 +124,7 @@ def text_sources(
         if given is None:
             continue
         if isinstance(given, str | os.PathLike | Mapping) or not isinstance(given, Iterable):
-            raise InputError(f"{name} must have one entry per adapter, not {reprlib.repr(given)}")
+            raise InputError(f"{name} must have one entry per adapter, not a {type(given).__name__}")
         entries = list(given)
         if len(entries) != len(adapters):
             raise InputError(f"{len(adapters)} adapters and {len(entries)} {name}: give one per adapter")
@@ -136,12 +136,15 @@ def text_sources(
 def _texts(name: str, entry: Any) -> Any:
     """
     Raises:
-        InputError: this is no file, nor `self`, nor a list of objects.
+        InputError: this is no file, nor `self`, nor a list of objects; what it is may be a text, and is not
+            said.
     """
     if entry is None or entry == SELF:
         return entry
     if isinstance(entry, str | os.PathLike):
         return Path(entry).expanduser()
-    if name == "examples" and isinstance(entry, Sequence):
+    rows = name == "examples"
+    if rows and isinstance(entry, Sequence):
         return entry
-    raise InputError(f"{name}: give a file for each adapter, not {reprlib.repr(entry)}")
+    also = ", a list of objects with text, or self" if rows else ""
+    raise InputError(f"{name}: give a file{also} for each adapter, not a {type(entry).__name__}")

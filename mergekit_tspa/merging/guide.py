@@ -1,7 +1,5 @@
 """What a method that looks at texts is given beside the factors: the base as a model, and texts."""
 
-import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +13,9 @@ from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.calibration.readings import SELF, Readings, TextSource
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.outputs import OutputTensor, TensorPlan
-from mergekit_tspa.methods.inputs import Progress, silent
+from mergekit_tspa.methods.inputs import Progress
 from mergekit_tspa.methods.method import Method
 from mergekit_tspa.methods.texts import TextParameters
-
-LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,39 +46,6 @@ class Guide:
             self.model,
             self.tokenizer,
         )
-
-
-def reading_plan(tensors: Sequence[TensorPlan], guide: Guide) -> list[str]:
-    """What would be read, in sentences: texts and tokens of each adapter, and the model that reads them.
-
-    Raises:
-        InputError: a file is not readable, a line is no example, or statistics are of something else.
-    """
-    readings = guide.readings(tensors, "cpu", silent)
-    given = readings.texts()
-    readings.stored()
-    said = []
-    for adapter, source in readings.sources.items():
-        if adapter.name in given:
-            own = given[adapter.name]
-            tokens = sum(len(example.tokens) for example in own)
-            open_ = sum(example.completion is None for example in own)
-            what = f"{len(own)} texts, {tokens:,} tokens"
-            what += f", {open_} of them prompts whose answers it writes itself" if open_ else ""
-        elif source.examples == SELF:
-            what = f"{readings.how.self_texts} texts that it writes itself"
-        else:
-            what = f"statistics in {source.calibration}"
-        said.append(f"{adapter.name}: {what}")
-    if any(source.examples is not None for source in readings.sources.values()) and guide.base:
-        nbytes = sum(4 * math.prod(shape) for shape in guide.base.shapes.values())
-        limit = readings.memory_limit
-        streamed = limit is not None and nbytes > limit
-        how = "streamed from disk in every pass" if streamed else "held in memory"
-        said.append(f"the base reads them, {nbytes / 2**30:.3g} GiB in float32, {how}")
-    for warning in readings.warnings:
-        LOG.warning("%s", warning)
-    return said
 
 
 def check_guide(method: Method, changed: Sequence[OutputTensor], guide: Guide | None) -> None:

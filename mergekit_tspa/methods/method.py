@@ -48,6 +48,18 @@ class Merged(NamedTuple):
     reports: Sequence[Report | Truncation]
 
 
+class Passes(NamedTuple):
+    """How a method reads texts, as far as it is known beforehand."""
+
+    said: str
+    tokens: int | None  # that are read at once, or None: those of all its texts
+    gradients: bool = False
+    texts: int | None = None  # of each adapter at once, or None: as many as there are
+    held_out: bool = False  # some texts of each adapter are, which must have two
+    # How many numbers stay in memory of one adapter and a tensor (d_out, d_in).
+    statistics: Callable[[int, int], int] = lambda d_out, d_in: 0
+
+
 MergeFunction: TypeAlias = Callable[[Sequence[TensorInputs], Sequence[Pair], Progress], Merged]
 
 
@@ -75,6 +87,7 @@ class Method:
     survey: Callable[[Callable[[], Iterable[TensorInputs]]], Survey] | None = None
     # Of a method that looks at texts: what they say of each tensor, which `merge` is given as the survey.
     guided: Callable[[Sequence[TensorInputs], Readings], Survey] | None = None
+    passes: Callable[[Any], Passes] | None = None  # by the parameters
     needs_texts: bool = False  # and statistics that were made of them do not suffice
     record: Callable[[TensorInputs], dict[str, torch.Tensor]] | None = (
         None  # what is written beside the model

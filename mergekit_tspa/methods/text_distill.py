@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_tspa.calibration.distill import distill
+from mergekit_tspa.calibration.distill import check_texts, distill
 from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError, nearest
 from mergekit_tspa.methods.inputs import Planned, TensorInputs
-from mergekit_tspa.methods.method import RANK_PARAMETER, Method
+from mergekit_tspa.methods.method import RANK_PARAMETER, Method, Passes
+from mergekit_tspa.methods.text_regmean import moments_of
 from mergekit_tspa.methods.texts import (
     LOG,
     TextParameters,
@@ -40,6 +41,7 @@ def merge_distill(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
     """
     p = text_parameters(inputs)
     assert isinstance(p, DistillParameters)
+    check_texts(readings.written)  # before the start, which takes its time
     start = start_of(inputs, p, readings)
     found = distill(
         readings.singles,
@@ -83,6 +85,13 @@ def start_of(
     return at_its_length(updates, p, readings, "distill")
 
 
+def passes_of(p: DistillParameters) -> Passes:
+    """The start's own reading of texts takes less memory than the training."""
+    steps = f"at most {p.steps} steps of training on {p.texts_per_step} texts of each adapter"
+    said = f"{p.start} as a start; then {steps}"
+    return Passes(said, None, True, p.texts_per_step, held_out=True, statistics=moments_of)
+
+
 def check_start(planned: Sequence[Planned]) -> None:
     """
     Raises:
@@ -106,6 +115,7 @@ distill_method = Method(
     result=RANK_PARAMETER,
     merge=take_solved,
     guided=merge_distill,
+    passes=passes_of,
     needs_texts=True,
     parameters=DistillParameters,
     weight="of the start",

@@ -1,6 +1,6 @@
 """Fisher merging: every entry a mean, weighted by how much each adapter's loss on its texts depends on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +11,7 @@ from mergekit_tspa.calibration.gradients import squared_gradients
 from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.methods.inputs import Pair, Progress, TensorInputs
-from mergekit_tspa.methods.method import DENSE, Merged, Method
+from mergekit_tspa.methods.method import DENSE, Merged, Method, Passes
 from mergekit_tspa.methods.texts import Length, TextParameters, length_of, text_parameters
 from mergekit_tspa.rules.fisher import fisher, fisher_rank_one
 from mergekit_tspa.updates import Dense
@@ -53,6 +53,13 @@ def measure_fisher(inputs: Sequence[TensorInputs], readings: Readings) -> Mappin
             "inputs": torch.stack([one.inputs for one in known]),
         } | ({"F": torch.stack([one.F for one in known if one.F is not None])} if exact else {})
     return survey | {LENGTH: {"lambda": torch.tensor(_length(inputs, survey, p, readings))}}
+
+
+def gradients_of(p: FisherParameters) -> Callable[[int, int], int]:
+    """How many numbers the squared gradients of one tensor and adapter are."""
+    if p.exact is False:
+        return lambda d_out, d_in: d_out + d_in
+    return lambda d_out, d_in: d_out * d_in
 
 
 def _length(
@@ -106,6 +113,9 @@ fisher_method = Method(
     result=DENSE,
     merge=merge_fisher,
     guided=measure_fisher,
+    passes=lambda p: Passes(
+        "one pass over all texts, forwards and backwards", p.batch_tokens, True, statistics=gradients_of(p)
+    ),
     needs_texts=True,
     parameters=FisherParameters,
     weight="share of a mean",

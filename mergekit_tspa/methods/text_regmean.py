@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergekit_tspa.calibration.moments import DenseInputs, InputStatistics, merge_in_order
+from mergekit_tspa.calibration.moments import DENSE_UP_TO, RANK, DenseInputs, InputStatistics, merge_in_order
 from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.calibration.score import search_lambda
 from mergekit_tspa.methods.inputs import TensorInputs
-from mergekit_tspa.methods.method import RANK_PARAMETER, Method
+from mergekit_tspa.methods.method import RANK_PARAMETER, Method, Passes
 from mergekit_tspa.methods.texts import (
     SEARCHED_TEXTS,
     TextParameters,
@@ -81,6 +81,11 @@ def _solved(w: TensorInputs, inputs: Sequence[InputStatistics], p: RegmeanParame
     return regmean_tensor(w.factors, w.weights, inputs, rank, p.ridge, p.off_diagonal, w.transposed)
 
 
+def moments_of(d_out: int, d_in: int) -> int:
+    """How many numbers the statistics of one tensor and adapter are, unless another tensor shares them."""
+    return d_in * (d_in if d_in <= DENSE_UP_TO else 2 * RANK)
+
+
 def merge_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping[str, Mapping[str, Tensor]]:
     updates = solve_regmean(inputs, readings)
     return as_survey(at_its_length(updates, text_parameters(inputs), readings, "regmean"))
@@ -110,7 +115,12 @@ def merge_regmean_plus(
     if isinstance(p.lambda_, str) and readings.has_given_texts:
         answers = readings.answers(SEARCHED_TEXTS)
         found = search_lambda(
-            readings.singles, updates, answers, (0.85, 1.0, 1.15), progress=readings.progress
+            readings.singles,
+            updates,
+            answers,
+            (0.85, 1.0, 1.15),
+            readings.answer_tokens,
+            progress=readings.progress,
         )
         updates = {tensor: update.scaled(found.lambda_) for tensor, update in updates.items()}
     return as_survey(updates)
@@ -125,6 +135,7 @@ regmean_method = Method(
     result=RANK_PARAMETER,
     merge=take_solved,
     guided=merge_regmean,
+    passes=lambda p: Passes("one pass over all texts", p.batch_tokens, statistics=moments_of),
     parameters=RegmeanParameters,
     weight="share of a mean",
 )
@@ -137,6 +148,7 @@ regmean_plus_method = Method(
     result=RANK_PARAMETER,
     merge=take_solved,
     guided=merge_regmean_plus,
+    passes=lambda p: Passes("one pass over all texts, which are in memory together", None),
     needs_texts=True,
     parameters=RegmeanParameters,
     weight="share of a mean",

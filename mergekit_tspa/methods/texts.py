@@ -93,7 +93,14 @@ def length_of(updates: Mapping[str, LoraFactors], parameters: TextParameters, re
     if not readings.has_given_texts:
         return SELF_LAMBDA if readings.has_texts else USUAL_LAMBDA
     answers = readings.answers(SEARCHED_TEXTS)
-    return search_lambda(readings.singles, updates, answers, progress=readings.progress).lambda_
+    found = search_lambda(
+        readings.singles,
+        updates,
+        answers,
+        batch_tokens=readings.answer_tokens,
+        progress=readings.progress,
+    )
+    return found.lambda_
 
 
 def as_survey(updates: Mapping[str, LoraFactors]) -> dict[str, dict[str, torch.Tensor]]:

@@ -25,7 +25,7 @@ from mergekit_tspa.base.tensors import ModelTensors
 from mergekit_tspa.errors import InputError, reason_of
 from mergekit_tspa.insight.forecast import AdapterOutcome, Forecast, SeenAdapter, StoredAs
 from mergekit_tspa.insight.inspection import short_names
-from mergekit_tspa.merging.guide import reading_plan
+from mergekit_tspa.merging.reading_plan import ReadingPlan, reading_plan
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.plugin.adapter_output import adapter_file, make_planner, weight_ranges
 from mergekit_tspa.plugin.compat import (
@@ -63,7 +63,7 @@ class DryRun:
     config: MergeConfiguration
     adapters: list[SeenAdapter] = field(default_factory=list)
     forecast: Forecast | None = None
-    reading: list[str] = field(default_factory=list)  # what would be read, of methods that look at texts
+    reading: ReadingPlan | None = None  # of methods that look at texts
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -85,9 +85,10 @@ class DryRun:
             console.print(table)
         for about, of in alike.items():
             console.print(f"{', '.join(of)}: {about}", soft_wrap=True)
-        for sentence in self.reading:
+        for sentence in self.reading.said if self.reading else ():
             console.print(f"texts: {sentence}", soft_wrap=True)
-        for label, text in self.forecast.rows(self.adapters) if self.forecast else ():
+        reading = self.reading.memory if self.reading else {}
+        for label, text in self.forecast.rows(self.adapters, reading) if self.forecast else ():
             console.print(f"{label}: {text}", soft_wrap=True)
         for warning in self.warnings:
             console.print(f"Warning: {warning}", soft_wrap=True)
@@ -130,7 +131,7 @@ def check(config: MergeConfiguration, options: MergeOptions, stages: set[str]) -
             run.warnings += run.forecast.warnings()
             plan = run.forecast.plan
             if guide := plan.guide:
-                run.reading = attempt(problems, "texts", lambda: reading_plan(plan.tensors, guide)) or []
+                run.reading = attempt(problems, "texts", lambda: reading_plan(method, plan.tensors, guide))
     run.warnings = [
         *dict.fromkeys(run.warnings)
     ]  # what is seen of an adapter is said again when it is planned

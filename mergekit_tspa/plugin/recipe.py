@@ -472,7 +472,10 @@ def check_parameters(
                     f"{', '.join(LEFT_OUT)}{did_you_mean(unknown[0], LEFT_OUT)}"
                 )
                 continue
-            if name in (*PER_MODEL, *(spec.name for spec in TEXTS)) and isinstance(setting, list):
+            if name in (spec.name for spec in TEXTS) and isinstance(setting, list):
+                yield InputError(f"{name}: give one file per model, no list and no filters")
+                continue
+            if name in PER_MODEL and isinstance(setting, list):
                 yield InputError(f"{name}: {setting}: give one value per model, no gradient and no filters")
             of_all = specs[name].scope is ParameterScope.SHARED and name not in ADAPTER_PARAMETERS
             if isinstance(holder, Source) and of_all:

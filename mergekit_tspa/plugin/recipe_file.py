@@ -21,7 +21,7 @@ from mergekit_tspa.plugin.compat import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
-from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, WEIGHT
+from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, TEXTS, WEIGHT
 from mergekit_tspa.plugin.spelling import UnreadableRecipe
 
 LOG = logging.getLogger(__name__)
@@ -156,6 +156,8 @@ def faults_of(error: Exception) -> list[str]:
                 f"{fault['input']!r} is no value; give a number, a word, true or false, a list of these "
                 "over the layers, or a list of filters"
             )
+            if where[-1] in {spec.name for spec in TEXTS}:  # it may be texts, which are not to be seen
+                what = "is no name of a file; write texts into one, a JSON object a line"
         found.setdefault(".".join(where) or "recipe", what)
     return [f"{where}: {what}" for where, what in found.items()]
 

@@ -83,6 +83,12 @@ def test_a_line_may_hold_any_character(tmp_path):
     assert len(examples) == 1
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('\ufeff{"text": "w1 w2"}\n', encoding="utf-8")
+    assert len(read_examples(file, tiny_tokenizer()).examples) == 1
+
+
 def test_long_texts_lose_their_end_and_are_counted(tmp_path):
     long = "w0 w1 w2 w3 w4 w5 w6 w7"
     rows = [{"prompt": "w1 ", "completion": long}, {"prompt": long, "completion": " w3"}, {"prompt": "w1"}]

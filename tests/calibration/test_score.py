@@ -1,5 +1,6 @@
 """Scores of merges in memory, beside models that have them in their tensors."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -161,4 +162,5 @@ def test_search_of_lambda(llama, adapters):
     )
     assert found.lambda_ == pytest.approx(2, abs=0.1)
     assert min(found.tried.values()) < 0.01
-    assert heard[0] == ("lambda", 0.25) and heard[-1][1] == 1
+    assert re.fullmatch(r"lambda: one, [\d.e+]+ texts a second", heard[0][0])
+    assert heard[0][1] == 0.25 and heard[-1][1] == 1

@@ -288,7 +288,10 @@ def test_wrong_calls(method, speaking, tmp_path):
         ({"examples": [texts[0], tmp_path / "no.jsonl"]}, "no.jsonl: there is no such file"),
         ({"examples": [texts[0], empty]}, "empty.jsonl: holds no examples"),
         ({"examples": [texts[0], broken]}, "broken.jsonl, line 2: has no prompt, messages or text"),
-        ({"examples": [texts[0], 3]}, "give a file for each adapter"),
+        (
+            {"examples": [texts[0], 3]},
+            "examples: give a file, a list of objects with text, or self for each adapter",
+        ),
         ({"examples": texts, "lambda_": "long"}, "lambda: 'long'"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -300,6 +303,15 @@ def test_wrong_calls(method, speaking, tmp_path):
             merge_adapters(method, adapters, base=base, examples=texts, start="core_tvs")
         with pytest.raises(InputError, match="at least two texts"):
             merge_adapters(method, adapters, base=base, examples=[LINES[:1], LINES])
+
+
+def test_refused_rows_are_not_quoted(speaking):
+    base, adapters, _ = speaking
+    row = {"text": "w14 w15"}
+    for examples in (row, [row, row], [{"w14 w15"}, [row]], [["w14 w15"], [row]], [[{"w14": 1}], [row]]):
+        with pytest.raises(InputError) as told:
+            merge_adapters("regmean", adapters, base=base, examples=examples)
+        assert "w14" not in str(told.value)
 
 
 def test_few_and_long_texts_are_told(speaking, tmp_path, caplog):

@@ -114,7 +114,34 @@ def test_check_counts_texts_and_says_what_would_run(speaking, tmp_path):
     assert f"texts: {adapters[0]}: 4 texts, 43 tokens\n" in result.output
     assert "2 texts" in result.output and "2 of them prompts whose answers it writes itself" in result.output
     assert "the base reads them" in result.output and "held in memory" in result.output
+    assert (
+        "texts: what will be run: 2 answers of at most 110 tokens are written; then one pass over all texts; "
+        "then a search for lambda on up to 4 texts of each adapter\n"
+    ) in result.output
+    assert re.search("memory: .*the base that reads texts .*texts on their way through it", result.output)
     assert "w14" not in result.output
+
+
+def test_check_says_what_each_method_reads_and_tells_of_few_texts(speaking, tmp_path):
+    _, adapters, texts = speaking
+    said = {
+        "regmean_plus": "one pass over all texts, which are in memory together",
+        "fisher": "one pass over all texts, forwards and backwards",
+        "distill": "regmean as a start; then at most 96 steps of training on 2 texts of each adapter",
+    }
+    for method, runs in said.items():
+        result = own("check", write_recipe(tmp_path / "recipe.yml", with_texts(method, speaking)))
+        assert result.exit_code == 0 and f"what will be run: {runs}" in result.output, result.output
+        assert f"Warning: {adapters[0]}: its 4 texts have 43 tokens together" in result.output
+    one = [write_lines(tmp_path / "one.jsonl", [{"text": "w1 w2"}]), texts[1]]
+    config = write_recipe(tmp_path / "one.yml", with_texts("distill", speaking, values=one))
+    for command in (["check", config], ["adapter", config, tmp_path / "out"]):
+        result = own(*command)
+        assert result.exit_code == 1 and "distillation needs at least two texts of it" in result.output
+    assert not (tmp_path / "out").exists()
+    self_written = write_recipe(tmp_path / "s.yml", with_texts("regmean", speaking, values=["self", "self"]))
+    assert "64 answers of at most 110 tokens are written" in own("check", self_written).output
+    assert "search" not in own("check", self_written).output
 
 
 def test_wrong_recipes(speaking, tmp_path):
@@ -123,6 +150,8 @@ def test_wrong_recipes(speaking, tmp_path):
     broken.write_text('{"text": "w1 w2"}\n[1]\n')
     mapped = with_texts("regmean", speaking)
     mapped["models"][0]["parameters"]["examples"] = [str(texts[0]), str(texts[1])]
+    rows = with_texts("regmean", speaking)
+    rows["models"][0]["parameters"]["examples"] = [{"text": "w14 w15"}]
     number = with_texts("regmean", speaking)
     number["models"][0]["parameters"]["examples"] = 3
     moved = recipe("regmean", base, adapters, parameters={"examples": str(texts[0])})
@@ -135,7 +164,8 @@ def test_wrong_recipes(speaking, tmp_path):
         (with_texts("regmean", speaking, values=[texts[0], None]), "code: regmean looks at texts"),
         (with_texts("regmean", speaking, values=[texts[0], tmp_path / "no"]), "no: there is no such file"),
         (with_texts("regmean", speaking, values=[texts[0], broken]), "broken.jsonl, line 2: is a list"),
-        (mapped, "examples: .* give one value per model"),
+        (mapped, "examples: give one file per model"),
+        (rows, "models.0.parameters.examples: is no name of a file; write texts into one"),
         (number, "examples: 3"),
         (moved, "it is model.layers.1.* of the base, and regmean reads texts with the base as it is"),
         (varied, "regmean: it needs the same parameters for all tensors"),
@@ -147,7 +177,7 @@ def test_wrong_recipes(speaking, tmp_path):
     for config, message in cases:
         result = merge(config, tmp_path / "out")
         assert result.exit_code == 1
-        assert re.search(message, result.output), result.output
+        assert re.search(message, result.output) and "w14" not in result.output, result.output
         assert not list((tmp_path / "out").glob("*.safetensors")) if (tmp_path / "out").exists() else True
 
 
