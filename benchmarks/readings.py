@@ -1,26 +1,30 @@
 """Readings of the TSPA manuscript for which the methods have no parameter, as methods of their own.
 
-They are variations of `tspa` and `tspa_attention` for `reproduce.py` alone: what is free in stage 1, which products it
-aligns, and what becomes of its factors.
+They are variations of `tspa` and its stages for `reproduce.py` alone: what is free, which products stage 1 aligns, what
+becomes of its factors, which stage comes first, and how the solver steps and rounds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from mergekit_tspa import METHODS
-from mergekit_tspa.alignment.attention import align_attention
+from mergekit_tspa.alignment import attention, lora, stiefel
+from mergekit_tspa.alignment.attention import SideGrams, align_attention
+from mergekit_tspa.alignment.stiefel import Objective, minimise
 from mergekit_tspa.methods import Method
 from mergekit_tspa.methods import pairs as stage_1
-from mergekit_tspa.methods.inputs import Pair, Progress, TensorInputs
+from mergekit_tspa.methods import tspa as stage_2
+from mergekit_tspa.methods.inputs import Pair, PairSide, Progress, TensorInputs
 from mergekit_tspa.methods.method import Merged
-from mergekit_tspa.methods.tspa import tspa, tspa_attention, weighted
-from mergekit_tspa.updates import LowRank
+from mergekit_tspa.methods.tspa import align_tensors, sum_factors, tspa, tspa_attention, tspa_lora, weighted
+from mergekit_tspa.updates import LoraFactors, LowRank
 
 Merge = Callable[[Sequence[TensorInputs], Sequence[Pair], Progress], Merged]
 
@@ -68,6 +72,94 @@ def products(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Pr
     return Merged(updates, reports)
 
 
+def other_objective(merge: Merge, change: Callable[[Objective], Objective], *stages: Any) -> Merge:
+    """What the solver sees of these stages is changed."""
+
+    def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+        def solve(objective: Objective, *start: Any, **options: Any) -> Any:
+            return minimise(change(objective), *start, **options)
+
+        with ExitStack() as stack:
+            for stage in stages:
+                stack.enter_context(patch.object(stage, "minimise", solve))
+            return merge(inputs, pairs, progress)
+
+    return reading
+
+
+def without_scales(objective: Objective) -> Objective:
+    """Every s_t stays 1."""
+
+    def fixed(point: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, d_point, d_log_s = objective(point, log_s)
+        return loss, d_point, torch.zeros_like(d_log_s)
+
+    return fixed
+
+
+def in_bfloat16(objective: Objective) -> Objective:
+    """Rotations, scales and gradients are rounded to bfloat16 at every step, the loss is not."""
+
+    def short(x: Tensor) -> Tensor:
+        return x.bfloat16().to(x)
+
+    def rounded(point: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, d_point, d_log_s = objective(short(point), short(log_s))
+        return loss, short(d_point), short(d_log_s)
+
+    return rounded
+
+
+def moments(merge: Merge, beta1: float, beta2: float) -> Merge:
+    """AMSGrad with other decays of its moments."""
+
+    def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+        with patch.multiple(stiefel, BETA1=beta1, BETA2=beta2):
+            return merge(inputs, pairs, progress)
+
+    return reading
+
+
+def reversed_stages(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+    """Stage 2 first: it turns ranks, stage 1 the coordinates of heads, so that one does not undo the other."""
+    before = weighted(inputs)
+    plain = [w._replace(parameters=w.parameters.model_copy(update={"lambda_": 1.0})) for w in before]
+    with patch.object(stage_2, "sum_aligned", _beside):
+        turned, reports = align_tensors(plain, plain, progress)
+    after = []
+    for w, (B, A) in zip(before, turned):
+        n = len(w.factors)
+        after.append(w._replace(factors=[*map(LoraFactors, B.chunk(n, dim=1), A.chunk(n, dim=0))]))
+    found = {w.name: (w, new) for w, new in zip(before, after)}
+    turned_pairs = [pair._replace(**{at: _turned(pair, at, found) for at in ("x", "y")}) for pair in pairs]
+    aligned, more = stage_1.align_pairs(turned_pairs, after, progress, stage_1.solve_products)
+    return Merged(sum_factors(aligned), reports + more)
+
+
+def _beside(B: Tensor, A: Tensor, weights: Tensor, R: Tensor, s: Tensor) -> LoraFactors:
+    """The aligned factors of stage 2, beside each other in place of summed."""
+    assert bool((weights == 1).all())
+    B, A = s[:, None, None] * (B @ R), R.mT @ A / s[:, None, None]
+    return LoraFactors(torch.cat([*B], dim=1), torch.cat([*A]))
+
+
+def _turned(pair: Pair, at: str, found: dict[str, tuple[TensorInputs, TensorInputs]]) -> SideGrams:
+    """The Grams of one side after `L_t -> L_t P_t`, `S_t -> P_t^-1 S_t`; P_t is what stage 2 did to L_t."""
+    side: PairSide = getattr(pair.plan, at)
+    K, H, C, inner = getattr(pair, at)
+    one = torch.eye(H.shape[-1], dtype=torch.float64, device=H.device)
+    P = one.repeat(len(side.modules), 1, 1)  # (n, r, r)
+    for t, module in enumerate(side.modules):
+        if module is not None:
+            old, new = (w.factors[w.adapters.index(pair.plan.adapters[t])] for w in found[side.tensor])
+            outer = [f.B if side.role == "o" or pair.plan.reads_input else f.A.mT for f in (old, new)]
+            P[t] = torch.linalg.lstsq(*(L.double() for L in outer)).solution
+    H = torch.einsum("tji,tujk,ukl->tuil", P.to(H), H, P.to(H))
+    C = torch.einsum("tji,tghjd->tghid", P.to(C), C)
+    inner = torch.einsum("tij,tghjd->tghid", P.inverse().to(inner), inner)
+    return SideGrams(K, H, C, inner)
+
+
 _MERGES: dict[str, tuple[str, Merge]] = {
     "tspa, scales 1": ("tspa", scales(tspa, scale=False)),
     "tspa, scales free": ("tspa", scales(tspa, scale_without_partner=True)),
@@ -80,6 +172,15 @@ _MERGES: dict[str, tuple[str, Merge]] = {
     "tspa, norm restored": ("tspa", restored(tspa)),
     "tspa_attention, norm restored": ("tspa_attention", restored(tspa_attention)),
     "tspa_attention, products summed": ("tspa_attention", products),
+    "tspa, stage 2 first": ("tspa", reversed_stages),
+    "tspa, scales of stage 2 1": ("tspa", other_objective(tspa, without_scales, lora)),
+    "tspa_lora, scales 1": ("tspa_lora", other_objective(tspa_lora, without_scales, lora)),
+    "tspa, bfloat16": ("tspa", other_objective(tspa, in_bfloat16, lora, attention)),
+    "tspa_attention, bfloat16": ("tspa_attention", other_objective(tspa_attention, in_bfloat16, attention)),
+    "tspa, no momentum": ("tspa", moments(tspa, 0.0, 0.999)),
+    "tspa_attention, no momentum": ("tspa_attention", moments(tspa_attention, 0.0, 0.999)),
+    "tspa, short memory": ("tspa", moments(tspa, 0.9, 0.9)),
+    "tspa_attention, short memory": ("tspa_attention", moments(tspa_attention, 0.9, 0.9)),
 }
 READINGS: dict[str, Method] = {
     name: replace(METHODS[method], name=name, merge=merge) for name, (method, merge) in _MERGES.items()

@@ -66,6 +66,7 @@ ENOUGH = 64  # texts of each task
 SECONDS_A_TEXT = 0.4  # of the bench model on one core
 SECONDS_A_MERGE = 4
 EMR = "emr of each task"
+NOT_RUN = "not run"
 # Rows that some claim wants with the rest of the texts are read with it at once.
 WITH_REST = {
     own for claim in CLAIMS for own in claim.entries() if isinstance(own, Row) and own.split == "dev and rest"
@@ -435,10 +436,20 @@ def anchor(title: str) -> str:
 def crossed(claim: Claim, book: Book) -> Iterator[str]:
     """A line for each method and a column for each set."""
     columns = [*dict.fromkeys(column for line in claim.table.values() for column in line)]
+    left_out = 0
     yield f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
     for label, line in claim.table.items():
         cells = [cell(line[column], book) if column in line else "-" for column in columns]
-        yield f"| {label} | {' | '.join(cells)} |"
+        if NOT_RUN in cells and {*cells} <= {NOT_RUN, "-"}:
+            left_out += 1
+        else:
+            yield f"| {label} | {' | '.join(cells)} |"
+    yield from _not_shown(left_out)
+
+
+def _not_shown(lines: int) -> Iterator[str]:
+    if lines:
+        yield f"\n{lines} more lines are not run."
 
 
 def cell(entry: Entry, book: Book) -> str:
@@ -454,7 +465,7 @@ def cell(entry: Entry, book: Book) -> str:
             )
         return shown(book.share(entry)) + (f"; {settings}" if settings else "")
     except NotRun:
-        return "not run"
+        return NOT_RUN
 
 
 def shown(found: Interval, digits: int = 2) -> str:
@@ -463,11 +474,16 @@ def shown(found: Interval, digits: int = 2) -> str:
 
 def detailed(claim: Claim, book: Book) -> Iterator[str]:
     """A line for each method and set, with what was seen of the merge and its losses."""
+    left_out = 0
     yield "| | set | keeps | left of the objective | norm, of the mean's | length along the mean | loss of the tasks | general, tool against the base |"
     yield "|---|---|---|---|---|---|---|---|"
     for label, line in claim.table.items():
         for column, entry in line.items():
-            yield f"| {label} | {column} | {' | '.join(details(entry, book))} |"
+            if cells := details(entry, book):
+                yield f"| {label} | {column} | {' | '.join(cells)} |"
+            else:
+                left_out += 1
+    yield from _not_shown(left_out)
 
 
 def along_the_mean(record: Mapping[str, Any]) -> float:
@@ -477,12 +493,13 @@ def along_the_mean(record: Mapping[str, Any]) -> float:
 
 
 def details(entry: Entry, book: Book) -> list[str]:
+    """The cells of a row; none if it is not run."""
     try:
         own, record, losses = book.row(entry), book.record(entry), book.losses(entry)
         kept = "1" if own.method == "single" else shown(book.share(entry))
         base = book.base(entry)
     except NotRun:
-        return ["not run", *["-"] * 5]
+        return []
     stages = record.get("stages", {})
     left = ", ".join(f"{end / start:.3f}" for start, end in stages.values() if start)
     rest = [

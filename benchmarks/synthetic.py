@@ -60,47 +60,52 @@ def _tensor_shapes(layers: int, vocabulary: int, **shape) -> dict[str, tuple[int
     return shapes
 
 
+def _shards(shapes: dict[str, tuple[int, ...]], nbytes: int) -> Iterator[tuple[str, dict]]:
+    """File names, and the shapes of the bf16 tensors in each, of about that many bytes."""
+    shard: dict[str, tuple[int, ...]] = {}
+    shards = [shard]
+    for name, dims in shapes.items():
+        if sum(2 * prod(own) for own in shard.values()) >= nbytes:
+            shards.append(shard := {})
+        shard[name] = dims
+    yield from ((f"model-{i:05d}.safetensors", own) for i, own in enumerate(shards, 1))
+
+
+def _write_index(path: Path, files: dict[str, str], config: dict) -> None:
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def write_llama(path: Path, layers: int, vocabulary: int = 32000, shard_bytes: int = 2**29, **shape) -> Path:
     """A bf16 Llama checkpoint with random weights."""
     if (path / "config.json").exists():
         return path
     path.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    shapes = _tensor_shapes(layers, vocabulary, **shape)
-    index, shard, size = {}, {}, 0
-
-    def flush():
-        nonlocal shard, size
-        file = f"model-{len(set(index.values())) + 1:05d}.safetensors"
-        save_file(shard, path / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, file))
-        shard, size = {}, 0
-
-    for name, dims in shapes.items():
-        shard[name] = torch.empty(dims, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        size += shard[name].nbytes
-        if size >= shard_bytes:
-            flush()
-    if shard:
-        flush()
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (path / "config.json").write_text(json.dumps(_config(layers, vocabulary, **shape)))
+    files = {}
+    for file, shapes in _shards(_tensor_shapes(layers, vocabulary, **shape), shard_bytes):
+        draw = lambda dims: torch.empty(dims, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)  # noqa: E731
+        save_file({name: draw(dims) for name, dims in shapes.items()}, path / file, {"format": "pt"})
+        files |= dict.fromkeys(shapes, file)
+    _write_index(path, files, _config(layers, vocabulary, **shape))
     return path
 
 
 def write_sparse_llama(path: Path, layers: int, vocabulary: int = 128256, **shape) -> Path:
-    """The same checkpoint in one file whose header is real and whose weights are a hole: it takes no disk."""
-    shapes = _tensor_shapes(layers, vocabulary, **shape)
-    header, end = {}, 0
-    for name, dims in shapes.items():
-        start, end = end, end + 2 * prod(dims)
-        header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
-    packed = json.dumps(header).encode()
+    """The same checkpoint in shards whose headers are real and whose weights are holes: it takes no disk."""
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / "model.safetensors", "wb") as file:
-        file.write(len(packed).to_bytes(8, "little") + packed)
-        file.truncate(8 + len(packed) + end)
-    (path / "config.json").write_text(json.dumps(_config(layers, vocabulary, **shape)))
+    files = {}
+    for file, shapes in _shards(_tensor_shapes(layers, vocabulary, **shape), 2**32):
+        header, end = {}, 0
+        for name, dims in shapes.items():
+            start, end = end, end + 2 * prod(dims)
+            header[name] = {"dtype": "BF16", "shape": dims, "data_offsets": [start, end]}
+        packed = json.dumps(header).encode()
+        with open(path / file, "wb") as shard:
+            shard.write(len(packed).to_bytes(8, "little") + packed)
+            shard.truncate(8 + len(packed) + end)
+        files |= dict.fromkeys(shapes, file)
+    _write_index(path, files, _config(layers, vocabulary, **shape))
     return path
 
 

@@ -27,10 +27,11 @@ from benchmarks.claims import (
     tuned,
     verdict,
 )
-from benchmarks.readings import READINGS
-from benchmarks.reproduce import anchor, cell, details, missing, pages, wanted
-from mergekit_tspa import METHODS
+from benchmarks.readings import READINGS, known
+from benchmarks.reproduce import anchor, cell, crossed, detailed, details, missing, pages, wanted
+from mergekit_tspa import METHODS, merge_adapters
 from mergekit_tspa.scoring.losses import Interval, TextLoss
+from tests.conftest import relative_error, save_adapter
 
 N = 40
 GOOD, POOR, SAME = row("r8-qv", "core_tsv"), row("r8-qv", "lora_ties"), row("r8-qv", "lora_pcb")
@@ -141,7 +142,15 @@ def test_a_missing_row_is_no_guess():
     claim = Claim("one", "", "", decided_by=(Better(GOOD, POOR), Better(GOOD, row("r8-qv", "tspa"))))
     found = claim.judged(book())
     assert found.word == "not run" and "1 of 3 rows" in found.sentence and "1 of 1" in found.sentence
-    assert cell(row("r8-qv", "tspa"), book()) == details(row("r8-qv", "tspa"), book())[0] == "not run"
+    assert cell(row("r8-qv", "tspa"), book()) == "not run" and not details(row("r8-qv", "tspa"), book())
+
+
+def test_tables_show_what_is_run():
+    lines = {"run": {"r8-qv": GOOD}, "not yet": {"r8-qv": row("r8-qv", "tspa")}}
+    claim = Claim("one", "", "", table=lines, decided_by=(Better(GOOD, POOR),))
+    for table in (crossed, detailed):
+        shown = "\n".join(table(claim, book()))
+        assert "| run |" in shown and "not yet" not in shown and shown.endswith("\n1 more lines are not run.")
 
 
 def test_the_page_has_all_claims():
@@ -156,12 +165,12 @@ def test_claims_can_be_run(claim):
     """Methods have the parameters, and no two comparisons read the same."""
     assert bool(claim.untestable) != bool(claim.decided_by)
     assert len({str(comparison) for comparison in claim.decided_by}) == len(claim.decided_by)
-    known = METHODS | READINGS
+    methods = METHODS | READINGS
     for entry in claim.entries():
         for own in entry.candidates if isinstance(entry, Tuned) else (entry,):
-            if own.method in known:
+            if own.method in methods:
                 given = {key: value for key, value in own.parameters if key not in ("weight", "n")}
-                known[own.method].bind(given)
+                methods[own.method].bind(given)
             else:
                 assert own.method in ("base", "single", "emr of each task")
 
@@ -170,3 +179,46 @@ def test_names():
     assert name(tuned("r8-qv", "svd_cur", k=[0], gamma=[0.5, 1.0])) == "`svd_cur` (k 0, tuned, r8-qv)"
     assert [*entries(Within((GOOD, POOR), 0.1))] == [GOOD, POOR]
     assert measured(GOOD, book()) and not measured(row("r8-qv", "tspa"), book())
+
+
+STEPS = {"tspa": {"attention_steps": 20, "lora_steps": 20}, "tspa_attention": {"attention_steps": 20}}
+
+
+@pytest.fixture(scope="module")
+def of_attention(llama, tmp_path_factory):
+    """Adapters of equal rank: two of all attention, whose scales are free, and one that has one side of each."""
+    folder = tmp_path_factory.mktemp("attention")
+    whole, half = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj", "v_proj"]
+    return [
+        save_adapter(llama, folder / str(seed), seed, target_modules=modules)
+        for seed, modules in enumerate((whole, whole, half))
+    ]
+
+
+def read(method, llama, adapters, **parameters):
+    with known():
+        updates = merge_adapters(method, adapters, base=llama, **parameters)
+    return {module: update.dense() for module, update in updates.items()}
+
+
+def apart(one, other):
+    return max(relative_error(one[module], other[module]) for module in one)
+
+
+def test_stage_2_first_is_each_stage_when_the_other_takes_no_steps(llama, of_attention):
+    for left_out, alone in (("attention_steps", "tspa_lora"), ("lora_steps", "tspa_attention")):
+        steps = STEPS["tspa"] | {left_out: 0}
+        (own,) = (name for name in steps if name != left_out)
+        found = read("tspa, stage 2 first", llama, of_attention, **steps)
+        assert apart(found, read(alone, llama, of_attention, **{own: 20})) < 1e-4
+
+
+@pytest.mark.parametrize("reading", [name for name in READINGS if READINGS[name].attention])
+def test_readings_are_not_the_method_itself(reading, llama, of_attention):
+    method = reading.split(",")[0]
+    steps = STEPS[method]
+    usual = read(method, llama, of_attention, **steps)
+    assert apart(read(reading, llama, of_attention, **steps), usual) > 1e-4
+    assert (
+        apart(read(method, llama, of_attention, **steps), usual) == 0
+    )  # what the reading changed is as before
