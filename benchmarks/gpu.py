@@ -2,8 +2,6 @@
 
     python benchmarks/gpu.py methods [--layers 1]      # every method without texts, on shapes of Llama-3-8B
     python benchmarks/gpu.py whole                     # all 32 layers: some methods, and TSPA's paper case
-    python benchmarks/gpu.py texts --base MODEL --data DIR --adapters SET    # methods that look at texts, 8 each
-    python benchmarks/gpu.py command                   # mergekit-yaml on four layers, with options for GPUs
 
 A difference is `||M_gpu - M_cpu|| / ||M_cpu||` over all tensors.  A GPU draws other random numbers than a CPU, so results
 of methods that draw are two draws of one distribution.  The adapters share a part, as those of one initialisation do.
@@ -12,29 +10,22 @@ the first one loads its libraries.
 """
 
 import argparse
-import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from datetime import date
 from math import nan
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from alignment import GEOMETRY, RepeatedLayer, solve
-from memory import measure
-from synthetic import ALL_LINEAR, ATTENTION, LLAMA_3_8B, linear_shapes, write_adapters, write_llama
+from synthetic import ALL_LINEAR, ATTENTION, LLAMA_3_8B, linear_shapes
 
-from examples import examples_of
 from mergekit_tspa import METHODS, MergedAdapters, merge_adapters
 
 WHOLE = ("lora_task_arithmetic", "core_tsv", "ctm_tsv", "tspa_lora", "core_ties", "knots_ties")
-COMMAND_OPTIONS = ("", "--cuda", "--cuda --low-cpu-memory --read-to-gpu", "--gpu-rich", "--multi-gpu")
 DRAWS = ("dare", "della")
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -127,47 +118,15 @@ def whole(args: argparse.Namespace) -> None:
     lines(line(name, given, args.device, repeat=True) for name in args.only or WHOLE)
 
 
-def texts(args: argparse.Namespace) -> None:
-    paths = sorted(path for path in args.adapters.iterdir() if (path / "adapter_config.json").exists())
-    print(f"{args.adapters.name}, 8 texts of each task\n")
-    more: dict[str, Any] = {
-        "base": args.base,
-        "examples": [examples_of(args.data, path.name, 8) for path in paths],
-    }
-    guided = [name for name, method in METHODS.items() if method.guided and name != "distill"]
-    lines(line(name, paths, args.device, **more) for name in args.only or guided)
-
-
-def command(args: argparse.Namespace) -> None:
-    print("mergekit-yaml, four layers, four adapters of rank 16 on all linear tensors\n")
-    print("| method | options | s | peak MiB of the CPU |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
-        folder = Path(name)
-        base = write_llama(folder / "base", 4, **LLAMA_3_8B)
-        given = [*write_adapters(folder / "adapters", 4, 4, 16, ALL_LINEAR, **LLAMA_3_8B)]
-        recipe = folder / "recipe.yml"
-        script = str(Path(sys.executable).parent / "mergekit-yaml")
-        for method in args.only or ("core_tsv", "tspa"):
-            models = [{"model": f"{base}+{adapter}"} for adapter in given]
-            recipe.write_text(yaml.safe_dump({"merge_method": method, "models": models}))
-            for options in COMMAND_OPTIONS:
-                seconds, peak = measure(script, str(recipe), str(folder / "out"), "--quiet", *options.split())
-                print(f"| {method} | {options or '-'} | {seconds:.1f} | {peak:.0f} |", flush=True)
-    print()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("methods", "whole", "texts", "command"))
+    parser.add_argument("what", choices=("methods", "whole"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--only", nargs="*", help="methods")
     parser.add_argument("--workers", type=int, default=8, help="of `methods`, which are not timed alone then")
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--adapters", type=Path)
     args = parser.parse_args()
     gpu = torch.cuda.get_device_name(args.device) if args.device != "cpu" else "no GPU"
     print(
@@ -175,7 +134,7 @@ def main() -> None:
         f"python {' '.join(sys.argv)}\n",
         flush=True,
     )
-    {"methods": methods, "whole": whole, "texts": texts, "command": command}[args.what](args)
+    {"methods": methods, "whole": whole}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_tspa import METHODS
 from mergekit_tspa.alignment import attention, lora, stiefel
-from mergekit_tspa.alignment.attention import SideGrams, align_attention
+from mergekit_tspa.alignment.attention import SideGrams, align_attention, pair_problem
 from mergekit_tspa.alignment.stiefel import Objective, minimise
 from mergekit_tspa.methods import Method
 from mergekit_tspa.methods import pairs as stage_1
@@ -34,6 +34,19 @@ def scales(merge: Merge, **options: Any) -> Merge:
 
     def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
         with patch.object(stage_1, "align_attention", partial(align_attention, **options)):
+            return merge(inputs, pairs, progress)
+
+    return reading
+
+
+def mean_in_stage_1(merge: Merge) -> Merge:
+    """`target_scale` is one of stage 2 alone."""
+
+    def problem(x: Any, y: Any, weights: Tensor, target_scale: float) -> Any:
+        return pair_problem(x, y, weights)
+
+    def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+        with patch.object(stage_1, "pair_problem", problem):
             return merge(inputs, pairs, progress)
 
     return reading
@@ -165,6 +178,7 @@ _MERGES: dict[str, tuple[str, Merge]] = {
     "tspa, scales free": ("tspa", scales(tspa, scale_without_partner=True)),
     "tspa_attention, scales 1": ("tspa_attention", scales(tspa_attention, scale=False)),
     "tspa_attention, scales free": ("tspa_attention", scales(tspa_attention, scale_without_partner=True)),
+    "tspa, stage 1 at the mean": ("tspa", mean_in_stage_1(tspa)),
     "tspa, query and key": ("tspa", only(tspa, "q")),
     "tspa, output and value": ("tspa", only(tspa, "o")),
     "tspa_attention, query and key": ("tspa_attention", only(tspa_attention, "q")),

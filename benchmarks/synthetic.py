@@ -54,6 +54,8 @@ def _tensor_shapes(layers: int, vocabulary: int, **shape) -> dict[str, tuple[int
         shapes |= {f"model.layers.{i}.{m}.weight": s for m, s in linear_shapes(**shape).items()}
         if experts := shape.get("experts"):
             shapes[f"model.layers.{i}.mlp.gate.weight"] = (experts, shape["hidden"])
+            norms = ("self_attn.q_norm", "self_attn.k_norm")
+            shapes |= {f"model.layers.{i}.{norm}.weight": (shape["head_dim"],) for norm in norms}
         norms = ("input_layernorm", "post_attention_layernorm")
         shapes |= {f"model.layers.{i}.{norm}.weight": (shape["hidden"],) for norm in norms}
     shapes |= {"model.norm.weight": (shape["hidden"],), "lm_head.weight": (vocabulary, shape["hidden"])}

@@ -40,7 +40,7 @@ class PairProblem(NamedTuple):
     G_X: Tensor  # (L, G, rx, d)
     G_Y: Tensor  # (L, G, ry, d)
     G_M: Tensor  # (L, G, rx, ry)
-    target: Tensor  # (L, G)  squared norm of the mean target
+    target: Tensor  # (L, G)  squared norm of the target
     inner_x: Tensor  # (L, n, G, m, r, d)
     inner_y: Tensor  # (L, n, G, 1, r, d)
     similarity: Tensor  # (L, 4, n, n)  inner products of the adapters, by inner factors and by C
@@ -113,26 +113,32 @@ def side_grams(W: Tensor | None, outer: Tensor, inner: Tensor) -> SideGrams:
 # -- the objective ------------------------------------------------------------------------------------------
 
 
-def pair_problem(x: Sequence[SideGrams], y: Sequence[SideGrams], weights: Tensor) -> PairProblem:
+def pair_problem(
+    x: Sequence[SideGrams], y: Sequence[SideGrams], weights: Tensor, target_scale: float = 1.0
+) -> PairProblem:
     """Fold each layer's targets and stack the layers: sides ``x[l]``, ``y[l]`` and ``weights (L, n)``.
 
-    ``y`` is the side with one head per group (key, value).
+    ``y`` is the side with one head per group (key, value). The target is the product of the base plus
+    ``target_scale`` times the mean of what the adapters change in it.
     """
-    return PairProblem(*map(torch.stack, zip(*map(_fold_targets, x, y, weights.to(x[0].K)))))
+    scales = [target_scale] * len(x)
+    return PairProblem(*map(torch.stack, zip(*map(_fold_targets, x, y, weights.to(x[0].K), scales))))
 
 
-def _fold_targets(x: SideGrams, y: SideGrams, weights: Tensor) -> PairProblem:
-    """One layer. Stacked over the adapters, the mean target has the merged product's own form:
+def _fold_targets(x: SideGrams, y: SideGrams, weights: Tensor, target_scale: float) -> PairProblem:
+    """One layer. Stacked over the adapters, the target has the merged product's own form:
 
-    ``Fbar = (L S_X Y^T + X S_Y^T L^T + L M L^T) / n`` with ``M`` block diagonal; and the merged outer factor
-    is ``L_0 = L E``, ``E = a (x) I``. Hence ``G = -E^T (half the derivative of n^2 ||Fbar||^2) / n``.
+    ``tau / n (L S_X Y^T + X S_Y^T L^T + L M L^T)`` with ``M`` block diagonal, `tau` the target's scale; and
+    the merged outer factor is ``L_0 = L E``, ``E = a (x) I``. Hence ``G`` is ``-tau / n E^T`` times half the
+    derivative of the squared norm of what stands in brackets.
     """
     n = len(weights)
+    share = target_scale / n
     (H_X, C_X, S_X, E_X), (H_Y, C_Y, S_Y, E_Y) = (_stack_adapters(side, weights) for side in (x, y))
     owner_x, owner_y = (torch.arange(S.shape[1], device=S.device) * n // S.shape[1] for S in (S_X, S_Y))
     M = (S_X @ S_Y.mT) * (owner_x[:, None] == owner_y)
     h_X, h_Y, h_M = _half_derivative((x.K, H_X, C_X, y.K, H_Y, C_Y), S_X, S_Y, M)
-    target = (_dot(S_X, h_X) + _dot(S_Y, h_Y) + _dot(M, h_M)) / n**2
+    target = (_dot(S_X, h_X) + _dot(S_Y, h_Y) + _dot(M, h_M)) * share * share
     G, (rx, ry) = len(x.K), (E_X.shape[1], E_Y.shape[1])
     return PairProblem(
         K_X=x.K,
@@ -141,9 +147,9 @@ def _fold_targets(x: SideGrams, y: SideGrams, weights: Tensor) -> PairProblem:
         K_Y=y.K,
         H_Y=(E_Y.mT @ H_Y @ E_Y).expand(G, ry, ry),
         C_Y=E_Y.mT @ C_Y,
-        G_X=-E_X.mT @ h_X / n,
-        G_Y=-E_Y.mT @ h_Y / n,
-        G_M=-E_X.mT @ h_M @ E_Y / n,
+        G_X=-share * E_X.mT @ h_X,
+        G_Y=-share * E_Y.mT @ h_Y,
+        G_M=-share * E_X.mT @ h_M @ E_Y,
         target=target,
         inner_x=x.inner,
         inner_y=y.inner,
@@ -179,7 +185,7 @@ def _half_derivative(
 
 
 def pair_objective(problem: PairProblem) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """``||X_0 Y_0^T - mean_t X_t Y_t^T||^2`` as a function of the merged inner factors (Eq. 6-7).
+    """``||X_0 Y_0^T - X Y^T - tau mean_t (X_t Y_t^T - X Y^T)||^2`` of the merged inner factors (Eq. 6-7).
 
     The function takes ``S_X (L G, rx, d)``, ``S_Y (L G, ry, d)``; it returns the loss ``(L G,)`` and both
     gradients.

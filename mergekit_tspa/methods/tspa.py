@@ -47,12 +47,18 @@ class SolverParameters(Parameters):
     )
 
 
-class LoraParameters(SolverParameters):
+class TargetParameters(SolverParameters):
+    target_scale: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="aim at this multiple of the adapters' mean; in the paper 1",
+    )
+
+
+class LoraParameters(TargetParameters):
     lora_steps: int = Field(2000, **_STEPS, description="steps of stage 2; 0 leaves it out")
     lora_lr: float = Field(0.05, **_RATE, description="learning rate of stage 2")
-    target_scale: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="stage 2 aims at this multiple of the adapters' mean"
-    )
 
 
 class PairParameters(SolverParameters):
@@ -60,7 +66,7 @@ class PairParameters(SolverParameters):
     attention_lr: float = Field(0.1, **_RATE, description="learning rate of stage 1")
 
 
-class AttentionParameters(PairParameters):
+class AttentionParameters(PairParameters, TargetParameters):
     align_space: Literal["head", "input"] = Field(
         "head", description="what query and key rotations turn: the coordinates of a head, or the model's"
     )

@@ -16,6 +16,7 @@ from mergekit_tspa.alignment.attention import (
     input_side,
     key_side,
     output_side,
+    pair_objective,
     pair_problem,
     query_side,
     side_grams,
@@ -52,9 +53,9 @@ def sides(pair: str, seed=0, n=3, heads=4, kv=2, d=6, width=10, r_x=3, r_y=2, bi
     return x, input_side(V, *lora(seed + 5, n, kv * d, r_y, width, dtype))
 
 
-def problem_of(*layers, weights: Tensor) -> PairProblem:
+def problem_of(*layers, weights: Tensor, target_scale: float = 1.0) -> PairProblem:
     x, y = zip(*layers)
-    return pair_problem([side_grams(*s) for s in x], [side_grams(*s) for s in y], weights)
+    return pair_problem([side_grams(*s) for s in x], [side_grams(*s) for s in y], weights, target_scale)
 
 
 def dense_pair_objective(x, y, weights, inner_x, inner_y) -> Tensor:
@@ -114,6 +115,21 @@ def test_gram_objective_is_the_dense_one(case, rope):
     for i, (x, y) in enumerate(layers):
         dense = dense_pair_objective(x, y, weights[i], S_X[i], S_Y[i])
         torch.testing.assert_close(n * loss[i] + spread_of_targets(x, y), dense, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("case", ["grouped", "no partner", "value, output"])
+def test_a_scaled_target_is_the_base_and_a_multiple_of_the_mean_change(case):
+    (W, L_X, S_X), (V, L_Y, S_Y) = x, y = sides(**CASES[case])
+    weights, tau = torch.tensor([1.0, 0.7, 0.4], dtype=F64), 2.5
+    problem = problem_of((x, y), weights=weights[None], target_scale=tau)
+    inner_x, inner_y = ((weights[:, None, None, None, None] * S).sum(0) for S in (S_X, S_Y))
+    loss, *_ = pair_objective(problem)(inner_x.flatten(1, 2), inner_y.flatten(1, 2))
+    outer_x, outer_y = ((weights[:, None, None] * L).sum(0) for L in (L_X, L_Y))
+    base = W @ V.mT
+    change = ((W + L_X[:, None, None] @ S_X) @ (V + L_Y[:, None, None] @ S_Y).mT - base).mean(0)
+    merged = (W + outer_x @ inner_x) @ (V + outer_y @ inner_y).mT
+    dense = (merged - base - tau * change).square().sum((1, 2, 3))
+    torch.testing.assert_close(loss, dense, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("case", ["grouped", "full rotations", "no partner", "value, output"])
