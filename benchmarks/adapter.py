@@ -9,6 +9,8 @@ factors of each side of each tensor.  The last column is how far the updates of 
 method with a QR in float64 in place of Gram matrices, `||difference|| / ||update||`, the largest of the layer.
 """
 
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from synthetic import large_adapters
 from mergekit_tspa import METHODS, linalg, read_adapter
 from mergekit_tspa.merging.api import plan_adapters
 from mergekit_tspa.merging.merge import merge_plan
+from mergekit_tspa.updates import LoraFactors
 
 METHODS_MEASURED = (
     "lora_task_arithmetic",
@@ -36,15 +39,28 @@ OF_LARGEST_RANK = ("ctm_tsv", "ctm_ties", "tspa_lora")  # their updates have the
 
 
 @torch.no_grad()
-def floor(adapters: list[Path]) -> float:
-    """Seconds to read all factors once, and for a QR in float32 of the stacked factors of each side."""
+def floor(adapters: list[Path]) -> tuple[float, float]:
+    """Seconds to read all factors once, and with a QR in float32 of the stacked factors of each side."""
     opened = [read_adapter(path, path.name) for path in adapters]
-    start = time.perf_counter()
+    reading, start = 0.0, time.perf_counter()
     for module in opened[0].modules:
-        factors = [adapter.factors(module) for adapter in opened]
+        before = time.perf_counter()
+        factors = [LoraFactors(*(side.clone() for side in a.factors(module))) for a in opened]
+        reading += time.perf_counter() - before
         torch.linalg.qr(torch.cat([f.B for f in factors], dim=1))
         torch.linalg.qr(torch.cat([f.A for f in factors]).mT)
-    return time.perf_counter() - start
+    return reading, time.perf_counter() - start
+
+
+def writing(file: Path) -> float:
+    """Seconds to write a file again and to wait until it is on the disk."""
+    copy, start = file.with_suffix(".copy"), time.perf_counter()
+    shutil.copyfile(file, copy)
+    with open(copy, "rb+") as written:
+        os.fsync(written.fileno())
+    seconds = time.perf_counter() - start
+    copy.unlink()
+    return seconds
 
 
 @torch.no_grad()
@@ -79,8 +95,10 @@ def rows(folder: Path, base: Path, adapters: list[Path], args) -> Iterator[str]:
     recipe.write_text(yaml.safe_dump({"merge_method": "core_tsv", "models": models}))
     seconds, peak = measure(script, "check", str(recipe))
     yield f"| (check) | {seconds:.1f} | - | {peak:.0f} | - | - |"
-    least = floor(adapters)
-    yield f"| (floor) | {least:.1f} | 1 | - | - | - |"
+    reading, least = floor(adapters)
+    size = sum((adapter / "adapter_model.safetensors").stat().st_size for adapter in adapters) / MiB
+    yield f"| (reading {size:.0f} MiB once) | {reading:.1f} | {reading / least:.2f} | - | - | - |"
+    yield f"| (floor: reading and QR) | {least:.1f} | 1 | - | - | - |"
     for method in args.methods:
         recipe, out = folder / f"{method}.yml", folder / method
         parameters = {} if method in OF_LARGEST_RANK else {"rank": args.rank}
@@ -91,6 +109,8 @@ def rows(folder: Path, base: Path, adapters: list[Path], args) -> Iterator[str]:
         size = (out / "adapter_model.safetensors").stat().st_size / MiB
         off = error(method, adapters, parameters)
         yield f"| {method} | {seconds:.1f} | {seconds / least:.2f} | {peak:.0f} | {size:.0f} | {off:.0e} |"
+    seconds = writing(out / "adapter_model.safetensors")
+    yield f"| (writing {size:.0f} MiB) | {seconds:.1f} | {seconds / least:.2f} | - | - | - |"
 
 
 def main() -> None:

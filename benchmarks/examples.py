@@ -40,6 +40,8 @@ CASES: dict[
 ] = {  # label: method, texts of each adapter, parameters
     "sum, weight 0.4": ("lora_task_arithmetic", 0, {"lambda": 0.4}),
     "core_tsv": ("core_tsv", 0, {}),
+    "core_tsv, lambda 2, pico, svc": ("core_tsv", 0, {"lambda": 2.0, "pico": True, "svc": True}),
+    "core_iso, lambda 3, pico": ("core_iso", 0, {"lambda": 3.0, "pico": True}),
     "actmat, ridge 0.1": ("actmat", 0, {"ridge": 0.1}),
     "actmat, ridge 1": ("actmat", 0, {"ridge": 1.0}),
     "actmat, ridge 3": ("actmat", 0, {"ridge": 3.0}),

@@ -39,8 +39,10 @@ SETTINGS = [  # method, weight, parameters
     ("ctm_task_arithmetic", 0.5, {}),
     ("lora_dare_linear", 0.5, {}),
     ("lora_breadcrumbs", 0.5, {}),
-    ("tspa_lora", 1.0, {"target_scale": 2.0}),
-    ("tspa", 1.0, {"lora_target": "aligned"}),
+    ("tspa", 1.0, {"target_scale": 1.0}),
+    ("tspa_attention", 1.0, {"target_scale": 1.0}),
+    ("tspa_lora", 1.0, {"target_scale": 1.0}),
+    ("tspa", 1.0, {"target_scale": 1.0, "lora_target": "aligned"}),
 ]
 # Rules that do not depend on the basis are one method under three names.
 SAME = {

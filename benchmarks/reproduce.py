@@ -286,7 +286,7 @@ def run(args: argparse.Namespace) -> None:
     book = Book(records, args.n)
     context = Context(args.base, args.data, args.n, args.device, sets)
     done: set[Row] = set()
-    with _pool(args.workers, context) as pool:
+    with pool_of(args.workers, context) as pool:
         while rows := [own for own in due(chosen(args.only), book) if own not in done]:
             for own, found in pool(rows):
                 done.add(own)
@@ -348,7 +348,7 @@ Found: TypeAlias = Iterable[tuple[Row, dict[str, Any] | str]]
 
 
 @contextmanager
-def _pool(workers: int, context: Context) -> Iterator[Callable[[list[Row]], Found]]:
+def pool_of(workers: int, context: Context) -> Iterator[Callable[[list[Row]], Found]]:
     """A function that measures rows, in the order in which they are done."""
     if workers == 1:
         yield lambda rows: map(context.measure, rows)

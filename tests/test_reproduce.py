@@ -5,6 +5,7 @@ import pytest
 from benchmarks.claims import (
     CLAIMS,
     FOUR,
+    GIVEN,
     Alike,
     Better,
     Book,
@@ -28,7 +29,19 @@ from benchmarks.claims import (
     verdict,
 )
 from benchmarks.readings import READINGS, known
-from benchmarks.reproduce import anchor, cell, crossed, detailed, details, missing, pages, wanted
+from benchmarks.reproduce import (
+    ENOUGH,
+    RESULTS,
+    anchor,
+    cell,
+    crossed,
+    detailed,
+    details,
+    load,
+    missing,
+    pages,
+    wanted,
+)
 from mergekit_tspa import METHODS, merge_adapters
 from mergekit_tspa.scoring.losses import Interval, TextLoss
 from tests.conftest import relative_error, save_adapter
@@ -179,6 +192,24 @@ def test_names():
     assert name(tuned("r8-qv", "svd_cur", k=[0], gamma=[0.5, 1.0])) == "`svd_cur` (k 0, tuned, r8-qv)"
     assert [*entries(Within((GOOD, POOR), 0.1))] == [GOOD, POOR]
     assert measured(GOOD, book()) and not measured(row("r8-qv", "tspa"), book())
+
+
+def test_no_reading_gives_the_order_of_the_paper():
+    """What the page says of them all: LoRA alone would have to be ahead of TIES, both of that, attention of both."""
+    (order,) = (claim for claim in CLAIMS if claim.name == "The order of the forms")
+    kept = Book(load(RESULTS), ENOUGH)
+    for column in GIVEN:
+        behind = [order.table["TIES"][column]]
+        for form in ("stage 2", "both", "stage 1"):
+            rows = [line[column] for label, line in order.table.items() if label.startswith(form)]
+            behind = [own for own in rows if any(ahead(own, other, kept) for other in behind)]
+        assert not behind, column
+
+
+def ahead(one, other, book):
+    if book.share(one).value <= book.share(other).value:
+        return False
+    return Better(one, other).outcome(book) is Outcome.YES
 
 
 STEPS = {"tspa": {"attention_steps": 20, "lora_steps": 20}, "tspa_attention": {"attention_steps": 20}}

@@ -4,7 +4,6 @@
 A_t``, only the cross terms of ``B' A'`` move. Letters of shapes: M matrices, n adapters, r rank, N = n r.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -44,11 +43,10 @@ def align_lora(
     else:
         cross, norm2 = _matrix(T_B).mT @ _matrix(T_A), target_norm2
     tau = target_scale / (n if T_B is None else T_B.shape[1])
-    squared = tau**2 if tau < 1e150 else math.inf  # the loss is not finite then, as the solver says
     left, right = torch.cat([B, tau * cross.mT], dim=1), torch.cat([A, tau * cross], dim=1)  # (M, 2 N, N)
 
     def solve(part: slice) -> tuple[Tensor, Tensor, Solution]:
-        problem = _objective(left[part], right[part], weights[part].to(G_B), squared * norm2[part])
+        problem = _objective(left[part], right[part], weights[part].to(G_B), tau**2 * norm2[part])
         count = len(left[part])
         solution = minimise(
             problem,
@@ -61,7 +59,7 @@ def align_lora(
             steps=steps,
             lr=lr,
             tolerance=tolerance,
-            floor=100 * torch.finfo(G_B.dtype).eps * squared * norm2[part],
+            floor=100 * torch.finfo(G_B.dtype).eps * tau**2 * norm2[part],
             solver=solver,
             on_progress=on_progress
             and (lambda done, left: on_progress((part.start + done * count) / M, left)),

@@ -75,7 +75,7 @@ def solve_products(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
     weights = sides[0][0].K.new_tensor(
         [pair.plan.weights if pair.plan.literal else [1.0] * len(pair.plan.weights) for pair in batch]
     )
-    problem = pair_problem(*sides, weights, p.target_scale)
+    problem = pair_problem(*sides, weights, min(p.target_scale, len(plan.adapters)))
     # Folded in float64, where the targets cancel; float32 is enough for the steps.
     problem = type(problem)(*(t.to(batch[0].x.K.dtype) for t in problem))
     rope = p.rope_safe and plan.x.role == "q" and plan.geometry.rotary_dim != 0

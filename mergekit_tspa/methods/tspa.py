@@ -48,11 +48,12 @@ class SolverParameters(Parameters):
 
 
 class TargetParameters(SolverParameters):
+    # The paper aims at the mean, too short a merge on all sets of adapters tried (docs/reproduction.md).
     target_scale: float = Field(
-        1.0,
+        2.0,
         gt=0,
         allow_inf_nan=False,
-        description="aim at this multiple of the adapters' mean; in the paper 1",
+        description="aim at this multiple of the adapters' mean, at most at their sum; in the paper 1",
     )
 
 
@@ -148,7 +149,7 @@ def align_tensors(
             R, s, solution = align_lora(
                 *(G_B, G_A, weights),
                 **other,
-                target_scale=p.target_scale,
+                target_scale=min(p.target_scale, weights.shape[1]),
                 steps=p.lora_steps,
                 lr=p.lora_lr,
                 tolerance=p.tolerance,

@@ -25,6 +25,10 @@ LOG = logging.getLogger(__name__)
 
 PROMISING = 6  # methods that the search is about
 ALIKE = 2  # of them, with the same rule
+KNOWN = (  # what keeps most on four sets of adapters together (benchmarks/results/one_setting.md)
+    Spec("core_tsv", {"lambda": 2.0, "pico": True, "svc": True}),
+    Spec("core_iso", {"lambda": 3.0, "pico": True}),
+)
 SCREENING = 0.45  # of the time, at most, for all methods at their defaults
 TRAINING = 0.55  # of the time for distillation, where there are examples
 LAST = 0.08  # of the time, for the texts that the search never sees
@@ -149,13 +153,14 @@ class Tuner:
     # ------------------------------------------------------------------------------------------------------
 
     def _screen(self) -> None:
-        """The first merge, and every method at its defaults, on the texts of the first round.
+        """The first merge, known settings, and every method at its defaults, on the texts of the first round.
 
         Poor ones are tried again with a shorter update, for which some rules are the best of all.  However
         little time there is, the first merge is tried, so that there is a result.
         """
         done = [one.spec for one in self.study.tried(SCREEN)]
-        specs = [self.start, *(Spec(method.name) for method in self._methods())]
+        specs = [self.start, *(spec for spec in KNOWN if spec.method in METHODS)]
+        specs += [Spec(method.name) for method in self._methods()]
         queue = [spec for i, spec in enumerate(specs) if spec not in done and spec not in specs[:i]]
         share = SCREENING * (0.6 if self._trains else 1.0)
         waiting, again = iter(queue), [*done]
@@ -170,7 +175,7 @@ class Tuner:
             return spec, Job(spec, self._texts(0), self._patience)
 
         def over(spec: Spec, outcome: Outcome) -> None:
-            self._told(f"trying {spec.method} at its defaults")
+            self._told(f"trying {spec.described()}")
             self._add(SCREEN, spec, 0, outcome)
 
         try:

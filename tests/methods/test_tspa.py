@@ -110,10 +110,13 @@ def products(tensors, layer, n, n_kv, d):
     return torch.stack(qk), torch.stack(ov)
 
 
-def distance(tensors, adapted, layer, *shape):
-    """`||Z - mean_t Z_t||^2` of both products; `adapted` holds each adapter's model."""
-    merged, singles = products(tensors, layer, *shape), [products(a, layer, *shape) for a in adapted]
-    return [(merged[i] - sum(s[i] for s in singles) / len(singles)).square().sum().item() for i in range(2)]
+def distance(tensors, base, adapted, tau, layer, *shape):
+    """`||Z - Z_b - tau mean_t (Z_t - Z_b)||^2` of both products; `adapted` holds each adapter's model."""
+    merged, plain = (products(t, layer, *shape) for t in (tensors, base))
+    singles = [products(a, layer, *shape) for a in adapted]
+    means = [sum(s[i] for s in singles) / len(singles) for i in range(2)]
+    goals = [plain[i] + tau * (means[i] - plain[i]) for i in range(2)]
+    return [(merged[i] - goals[i]).square().sum().item() for i in range(2)]
 
 
 def apply(base, updates):
@@ -127,7 +130,7 @@ def apply(base, updates):
 def test_reported_objective_is_the_distance_of_the_written_model(
     architecture, modules, coefficients, gpt2, tmp_path
 ):
-    """The merged model is index 0 of Eq. 6-7, so its dense distance to the mean of the adapters is the reported end.
+    """The merged model is index 0 of Eq. 6-7, so its dense distance to the target is the reported end.
 
     The adapters are weighted ones, unless the paper is taken literally.
 
@@ -156,7 +159,8 @@ def test_reported_objective_is_the_distance_of_the_written_model(
     ]
     ends = {}
     for steps in (1, 40):
-        options = {"attention_steps": steps, "coefficients": coefficients}
+        tau = 1.0 if coefficients == "paper" else 1.5
+        options = {"attention_steps": steps, "coefficients": coefficients, "target_scale": tau}
         updates = merge_adapters("tspa_attention", adapters, weights, base=path, **options)
         merged = apply(base, updates)
         for layer in range(2):
@@ -164,7 +168,7 @@ def test_reported_objective_is_the_distance_of_the_written_model(
                 index = next((i for i, name in enumerate(report.names) if f".{layer}." in name), None)
                 if index is None:
                     continue
-                qk, ov = distance(merged, singles, layer, n, n_kv, d)
+                qk, ov = distance(merged, base, singles, tau, layer, n, n_kv, d)
                 dense = qk if report.stage.startswith("query") else ov
                 assert abs(report.end[index].item() - dense) < 2e-4 * dense, report.names[index]
                 ends.setdefault(report.names[index], []).append(dense)
@@ -192,7 +196,7 @@ def test_ranks_stages_and_reports(llama, three):
     only = merge_adapters("tspa", three, lora_steps=100, attention_steps=0)
     for module in full:
         assert relative_error(same[module].dense(), attention[module].dense()) < 1e-6
-        assert relative_error(only[module].dense(), lora[module].dense()) < 1e-6
+        assert relative_error(only[module].dense(), lora[module].dense()) < 1e-4
     # a module outside attention is the plain factor sum after stage 1
     up = next(m for m in full if "up_proj" in m)
     B, A = (sum(read_adapter(three[i]).factors(up)[side] for i in (0, 2)) for side in (0, 1))
@@ -275,9 +279,17 @@ def test_identical_adapters_leave_the_saddle(llama, three):
     """The factor sum of two equal adapters is four times the adapter; their mean is reachable."""
     twins = [dict(read_adapter(three[0]).modules) for _ in range(2)]
     pair = [{m: read_adapter(three[0]).factors(m) for m in twins[0]} for _ in range(2)]
-    updates = merge_adapters("tspa_lora", pair, lora_steps=500)
+    updates = merge_adapters("tspa_lora", pair, lora_steps=500, target_scale=1)
     for module, update in updates.items():
         assert relative_error(update.dense(), pair[0][module].dense()) < 0.05
+
+
+def test_the_target_is_at_most_the_sum(llama, three):
+    """So that one adapter alone comes back as itself, whatever the target."""
+    steps = {"attention_steps": 5, "lora_steps": 20}
+    beyond, whole = (merge_adapters("tspa", three[1:], base=llama, target_scale=t, **steps) for t in (9, 2))
+    for module, update in beyond.items():
+        assert torch.equal(update.dense(), whole[module].dense())
 
 
 def test_same_seed_same_bits(llama, three):

@@ -86,6 +86,7 @@ def methods(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda file: None)  # most of the time
     monkeypatch.setattr(tuning, "METHODS", {name: METHODS[name] for name in SHARES})
     monkeypatch.setattr(tuning, "POOR", 0.0)  # no method is tried again with a shorter update
+    monkeypatch.setattr(tuning, "KNOWN", ())  # nor with settings that are known
 
 
 class Search:
@@ -130,6 +131,21 @@ class Search:
             pace=self.pace,
         )
         return tuner.run()
+
+
+def test_known_settings_come_first_and_the_search_starts_from_them(tmp_path, monkeypatch):
+    known = Spec("lora_ties", {"lambda": 2.0, "pico": True}), Spec("core_iso", {"lambda": 3.0})
+    monkeypatch.setattr(tuning, "KNOWN", known)  # the second is none of the methods
+
+    def work(spec, task):
+        return loss(spec._replace(parameters={}), task) - 0.2 * bool(spec.parameters.get("pico"))
+
+    found = Search(tmp_path, work=work).run("lora_mean")
+    first, second, *others = (one.spec for one in found.tried if one.stage == SCREEN)
+    assert (first.method, second) == ("lora_mean", known[0])
+    assert Spec("lora_ties") in others, "and its defaults as well"
+    searched = [one.spec for one in found.tried if one.stage == SEARCH and one.spec.method == "lora_ties"]
+    assert searched[0].parameters["lambda"] == 2 and searched[0].parameters["pico"]
 
 
 @pytest.mark.parametrize("capacity", [1, 3])
