@@ -578,7 +578,8 @@ def _figures_and_tables() -> Iterator[Claim]:
             *(Quicker(time("knots_ties", n), time(form, n)) for n in (2, 8) for form, _ in FORMS.values()),
             *(Quicker(time("lora_ties", n), time("knots_ties", n)) for n in (2, 8)),
         ),
-        note="The original is computed through Gram matrices here, in a form whose cost is linear in n.",
+        note="The original is computed through Gram matrices here, in a form whose cost is linear in n. One run each, other work "
+        "beside it.",
     )
     seeds = [f"r8-qv-{seed}" for seed in SEEDS]
     yield Claim(
