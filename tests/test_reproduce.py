@@ -43,8 +43,10 @@ from benchmarks.reproduce import (
     wanted,
 )
 from mergekit_tspa import METHODS, merge_adapters
+from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.scoring.losses import Interval, TextLoss
 from tests.conftest import relative_error, save_adapter
+from tests.methods.test_tspa import apply, distance
 
 N = 40
 GOOD, POOR, SAME = row("r8-qv", "core_tsv"), row("r8-qv", "lora_ties"), row("r8-qv", "lora_pcb")
@@ -242,6 +244,25 @@ def test_stage_2_first_is_each_stage_when_the_other_takes_no_steps(llama, of_att
         (own,) = (name for name in steps if name != left_out)
         found = read("tspa, stage 2 first", llama, of_attention, **steps)
         assert apart(found, read(alone, llama, of_attention, **{own: 20})) < 1e-4
+
+
+def test_stage_2_first_ends_where_its_objective_says(llama, of_attention):
+    """The objective of the factors that stage 2 turned is the distance of the written model."""
+    base = dict(Checkpoint(llama))
+    singles = [apply(base, merge_adapters("lora_task_arithmetic", [one], base=llama)) for one in of_attention]
+    with known():
+        updates = merge_adapters("tspa, stage 2 first", of_attention, base=llama, **STEPS["tspa"])
+    tau = METHODS["tspa"].parameter_fields()["target_scale"].default
+    found = [
+        distance(apply(base, updates), base, singles, tau, layer, 4, 2, 16)[report.stage.startswith("value")]
+        for report in updates.reports
+        if report.stage != "LoRA alignment"
+        for layer in range(2)
+    ]
+    ends = [
+        end.item() for report in updates.reports if report.stage != "LoRA alignment" for end in report.end
+    ]
+    assert len(found) == 4 and ends == pytest.approx(found, rel=1e-3)
 
 
 @pytest.mark.parametrize("reading", [name for name in READINGS if READINGS[name].attention])
