@@ -17,8 +17,9 @@ MODEL = ROOT / "build/models/SmolLM2-135M-Instruct"
 ADAPTERS = [f"examples/adapters/{task}" for task in ("math", "code", "safety", "roleplay")]
 
 RECIPES = sorted(file.stem for file in (ROOT / "yaml_examples").glob("*.yml") if file.stem != "multi")
-# The longest of all, each of which has a near relative among the others.
+# The longest of all, each of which has a near relative among the others, or among the commands of the documents.
 LONGEST = (
+    "regmean",
     "tspa_pairwise",
     "tspa_paper",
     "lora_pcb",
