@@ -7,6 +7,8 @@ Merged updates are cut to the adapters' rank.  The floor is what a merge in smal
 in the same run and with the same threads: every factor read once from its file, and a QR in float32 of the stacked
 factors of each side of each tensor.  The last column is how far the updates of one layer are from those of the same
 method with a QR in float64 in place of Gram matrices, `||difference|| / ||update||`, the largest of the layer.
+
+`regmean` reads no texts here: it gets statistics of random inputs, in files as `mergekit-tspa calibrate` writes them.
 """
 
 import os
@@ -22,6 +24,9 @@ from memory import MiB, measure
 from synthetic import large_adapters
 
 from mergekit_tspa import METHODS, linalg, read_adapter
+from mergekit_tspa.base.checkpoint import Checkpoint
+from mergekit_tspa.calibration.moments import RANK, SketchedInputs
+from mergekit_tspa.calibration.store import hash_adapter, hash_base, save_statistics
 from mergekit_tspa.merging.api import plan_adapters
 from mergekit_tspa.merging.merge import merge_plan
 from mergekit_tspa.updates import LoraFactors
@@ -34,8 +39,9 @@ METHODS_MEASURED = (
     "ctm_tsv",
     "ctm_ties",
     "tspa_lora",
+    "regmean",
 )
-OF_LARGEST_RANK = ("ctm_tsv", "ctm_ties", "tspa_lora")  # their updates have the adapters' rank
+OF_LARGEST_RANK = ("ctm_tsv", "ctm_ties", "tspa_lora", "regmean")  # their updates have the adapters' rank
 
 
 @torch.no_grad()
@@ -80,6 +86,28 @@ def error(method: str, adapters: list[Path], parameters: dict) -> float:
     return max(distance(merged[name], exact[name]) for name in exact)
 
 
+def statistics_of(base: Path, adapters: list[Path], folder: Path) -> Iterator[Path]:
+    """A file of statistics for each adapter: of random inputs, which tensors of one shape and layer share."""
+    checkpoint = Checkpoint(base)
+    of_base = hash_base(checkpoint)
+    for path in adapters:
+        adapter = read_adapter(path, path.name)
+        generator = torch.Generator().manual_seed(int(path.name))
+        known: dict[tuple[str, int], SketchedInputs] = {}
+        inputs = {}
+        for module, own in adapter.modules.items():
+            d_in, block = own.shape[1], module.rsplit(".", 1)[0]
+            if (block, d_in) not in known:
+                U = torch.linalg.qr(torch.randn(d_in, RANK, generator=generator)).Q
+                known[block, d_in] = SketchedInputs(
+                    U, torch.rand(RANK, generator=generator), torch.rand(d_in), 1
+                )
+            inputs[f"{module}.weight"] = known[block, d_in]
+        file = folder / f"{path.name}.calibration.safetensors"
+        save_statistics(file, inputs, of_base, hash_adapter(adapter))
+        yield file
+
+
 def distance(one, other) -> float:
     """`||one - other|| / ||other||`, of low-rank updates."""
     B = torch.cat([one.B.double(), -other.B.double()], dim=1)
@@ -89,7 +117,7 @@ def distance(one, other) -> float:
 
 
 def rows(folder: Path, base: Path, adapters: list[Path], args) -> Iterator[str]:
-    models = [{"model": f"{base}+{a}"} for a in adapters]
+    models: list[dict] = [{"model": f"{base}+{a}"} for a in adapters]
     script = str(Path(sys.executable).parent / "mergekit-tspa")
     recipe = folder / "check.yml"
     recipe.write_text(yaml.safe_dump({"merge_method": "core_tsv", "models": models}))
@@ -101,14 +129,18 @@ def rows(folder: Path, base: Path, adapters: list[Path], args) -> Iterator[str]:
     yield f"| (floor: reading and QR) | {least:.1f} | 1 | - | - | - |"
     for method in args.methods:
         recipe, out = folder / f"{method}.yml", folder / method
-        parameters = {} if method in OF_LARGEST_RANK else {"rank": args.rank}
+        parameters: dict = {} if method in OF_LARGEST_RANK else {"rank": args.rank}
+        if method == "regmean":
+            parameters["lambda"] = 1.3
+            for model, file in zip(models, statistics_of(base, adapters, folder)):
+                model["parameters"] = {"calibration": str(file)}
         recipe.write_text(
             yaml.safe_dump({"merge_method": method, "models": models, "parameters": parameters})
         )
         seconds, peak = measure(script, "adapter", str(recipe), str(out), "--quiet")
         size = (out / "adapter_model.safetensors").stat().st_size / MiB
-        off = error(method, adapters, parameters)
-        yield f"| {method} | {seconds:.1f} | {seconds / least:.2f} | {peak:.0f} | {size:.0f} | {off:.0e} |"
+        off = "-" if method == "regmean" else f"{error(method, adapters, parameters):.0e}"
+        yield f"| {method} | {seconds:.1f} | {seconds / least:.2f} | {peak:.0f} | {size:.0f} | {off} |"
     seconds = writing(out / "adapter_model.safetensors")
     yield f"| (writing {size:.0f} MiB) | {seconds:.1f} | {seconds / least:.2f} | - | - | - |"
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.one_rotation import align_blocks
 from mergekit_tspa import METHODS
 from mergekit_tspa.alignment import attention, lora, stiefel
 from mergekit_tspa.alignment.attention import SideGrams, align_attention, pair_problem
@@ -29,27 +30,24 @@ from mergekit_tspa.updates import LoraFactors, LowRank
 Merge = Callable[[Sequence[TensorInputs], Sequence[Pair], Progress], Merged]
 
 
-def scales(merge: Merge, **options: Any) -> Merge:
-    """`scale=False`: every s_t of stage 1 is 1; `scale_without_partner=True`: every one is free."""
+def with_other(merge: Merge, module: Any, **names: Any) -> Merge:
+    """While it merges, these names of a module mean something else."""
 
     def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
-        with patch.object(stage_1, "align_attention", partial(align_attention, **options)):
+        with patch.multiple(module, **names):
             return merge(inputs, pairs, progress)
 
     return reading
+
+
+def scales(merge: Merge, **options: Any) -> Merge:
+    """`scale=False`: every s_t of stage 1 is 1; `scale_without_partner=True`: every one is free."""
+    return with_other(merge, stage_1, align_attention=partial(align_attention, **options))
 
 
 def mean_in_stage_1(merge: Merge) -> Merge:
     """`target_scale` is one of stage 2 alone."""
-
-    def problem(x: Any, y: Any, weights: Tensor, target_scale: float) -> Any:
-        return pair_problem(x, y, weights)
-
-    def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
-        with patch.object(stage_1, "pair_problem", problem):
-            return merge(inputs, pairs, progress)
-
-    return reading
+    return with_other(merge, stage_1, pair_problem=lambda x, y, weights, _: pair_problem(x, y, weights))
 
 
 def only(merge: Merge, role: str) -> Merge:
@@ -123,14 +121,32 @@ def in_bfloat16(objective: Objective) -> Objective:
     return rounded
 
 
-def moments(merge: Merge, beta1: float, beta2: float) -> Merge:
-    """AMSGrad with other decays of its moments."""
+def amsgrad_per_entry(point: Tensor, log_s: Tensor, lr: float) -> stiefel.Step:
+    """AMSGrad with a second moment of each entry, as in a space without curvature; projected, then retracted."""
+    moment, second, largest = (torch.zeros_like(point) for _ in range(3))
+    moment_s, second_s, largest_s = (torch.zeros_like(log_s) for _ in range(3))
+    count = 0
 
-    def reading(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
-        with patch.multiple(stiefel, BETA1=beta1, BETA2=beta2):
-            return merge(inputs, pairs, progress)
+    def direction(g: Tensor, moment: Tensor, second: Tensor, largest: Tensor) -> Tensor:
+        moment.lerp_(g, 1 - stiefel.BETA1)
+        second.lerp_(g.square(), 1 - stiefel.BETA2)
+        torch.maximum(largest, second, out=largest)
+        divisor = (largest / (1 - stiefel.BETA2**count)).sqrt() + stiefel.EPSILON
+        return moment / (1 - stiefel.BETA1**count) / divisor
 
-    return reading
+    def tangent(M: Tensor, V: Tensor) -> Tensor:
+        A = M @ V.mT
+        return M - (A + A.mT) / 2 @ V
+
+    def advance(V: Tensor, log_s: Tensor, D: Tensor, d_log_s: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal count
+        count += 1
+        step = direction((D - V @ D.mT @ V) / 2, moment, second, largest)
+        turned = stiefel.retract(V - lr * tangent(step, V))
+        moment.copy_(tangent(moment, turned))
+        return turned, log_s - lr * direction(d_log_s, moment_s, second_s, largest_s)
+
+    return advance
 
 
 def reversed_stages(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
@@ -191,10 +207,24 @@ _MERGES: dict[str, tuple[str, Merge]] = {
     "tspa_lora, scales 1": ("tspa_lora", other_objective(tspa_lora, without_scales, lora)),
     "tspa, bfloat16": ("tspa", other_objective(tspa, in_bfloat16, lora, attention)),
     "tspa_attention, bfloat16": ("tspa_attention", other_objective(tspa_attention, in_bfloat16, attention)),
-    "tspa, no momentum": ("tspa", moments(tspa, 0.0, 0.999)),
-    "tspa_attention, no momentum": ("tspa_attention", moments(tspa_attention, 0.0, 0.999)),
-    "tspa, short memory": ("tspa", moments(tspa, 0.9, 0.9)),
-    "tspa_attention, short memory": ("tspa_attention", moments(tspa_attention, 0.9, 0.9)),
+    "tspa, no momentum": ("tspa", with_other(tspa, stiefel, BETA1=0.0)),
+    "tspa_attention, no momentum": ("tspa_attention", with_other(tspa_attention, stiefel, BETA1=0.0)),
+    "tspa, short memory": ("tspa", with_other(tspa, stiefel, BETA2=0.9)),
+    "tspa_attention, short memory": ("tspa_attention", with_other(tspa_attention, stiefel, BETA2=0.9)),
+    "tspa, second moment of each entry": ("tspa", with_other(tspa, stiefel, _amsgrad=amsgrad_per_entry)),
+    "tspa_attention, second moment of each entry": (
+        "tspa_attention",
+        with_other(tspa_attention, stiefel, _amsgrad=amsgrad_per_entry),
+    ),
+    "tspa_lora, second moment of each entry": (
+        "tspa_lora",
+        with_other(tspa_lora, stiefel, _amsgrad=amsgrad_per_entry),
+    ),
+    "tspa, one rotation a block": ("tspa", with_other(tspa, stage_2, align_pairs=align_blocks)),
+    "tspa_attention, one rotation a block": (
+        "tspa_attention",
+        with_other(tspa_attention, stage_2, align_pairs=align_blocks),
+    ),
 }
 READINGS: dict[str, Method] = {
     name: replace(METHODS[method], name=name, merge=merge) for name, (method, merge) in _MERGES.items()

@@ -205,7 +205,7 @@ def pair_objective(problem: PairProblem) -> Callable[[Tensor, Tensor], tuple[Ten
 # -- the rotations ------------------------------------------------------------------------------------------
 
 
-class _Rotation(NamedTuple):
+class Rotation(NamedTuple):
     """How a point rotates the factors ``Z_t = [S_X; S_Y]`` (L, G, n, k, d) of all adapters."""
 
     start: Tensor  # the point at which nothing is rotated
@@ -215,7 +215,7 @@ class _Rotation(NamedTuple):
     that takes the gradient in that sum to the gradient in the point"""
 
 
-def _any_rotation(Z: Tensor) -> _Rotation:
+def _any_rotation(Z: Tensor) -> Rotation:
     """All of O(d). With ``k < d`` rows ``Z_t R_t = U_t^T V_t``, where ``V_t (k, d)`` has orthonormal rows."""
     L, G, n, k, d = Z.shape
     if k < d:
@@ -232,10 +232,10 @@ def _any_rotation(Z: Tensor) -> _Rotation:
             scaled.mT, d_sum, out=d_point.flatten(2, 3)
         ).view(V.shape)
 
-    return _Rotation(start, lambda V: coordinates @ V, merge)
+    return Rotation(start, lambda V: coordinates @ V, merge)
 
 
-def _rope_rotation(Z: Tensor, rotary_dim: int) -> _Rotation:
+def _rope_rotation(Z: Tensor, rotary_dim: int) -> Rotation:
     """Rotations of the planes ``(j, j + rotary_dim/2)``, which commute with RoPE, as ``(cos, sin)``."""
     half = rotary_dim // 2
     first, second, rest = Z.split([half, half, Z.shape[-1] - rotary_dim], dim=-1)
@@ -255,7 +255,7 @@ def _rope_rotation(Z: Tensor, rotary_dim: int) -> _Rotation:
         return (scale * apply(point)).sum(2), pull
 
     start = Z.new_tensor([1.0, 0.0]).expand(*Z.shape[:3], half, 1, 2)
-    return _Rotation(start, apply, merge)
+    return Rotation(start, apply, merge)
 
 
 # -- the solver ---------------------------------------------------------------------------------------------
@@ -289,8 +289,8 @@ def align_attention(
         share = PairProblem(*(v[part] for v in problem))
         Z = torch.cat([share.inner_x.flatten(3, 4), share.inner_y.flatten(3, 4)], dim=-2).movedim(1, 2)
         rotation = _rope_rotation(Z, rotary_dim or Z.shape[-1]) if rope_safe else _any_rotation(Z)
-        free = _free_scales(share, scale, scale_without_partner)
-        objective, rotated = _aligned_objective(share, rotation, free)
+        free = free_scales(share, scale, scale_without_partner)
+        objective, rotated = aligned_objective(share, rotation, free)
         solution = minimise(
             objective,
             leave_saddle(rotation.start, share.similarity, seed if steps else None),
@@ -312,14 +312,14 @@ def align_attention(
     return in_parts(solve, L, part_size(numbers, problem.K_X))
 
 
-def _free_scales(problem: PairProblem, scale: bool, without_partner: bool) -> Tensor:
+def free_scales(problem: PairProblem, scale: bool, without_partner: bool) -> Tensor:
     """Which ``s_t`` may move (L, n): those of adapters that have LoRA on both sides."""
     on_x, on_y = (v.flatten(2).any(2) for v in (problem.inner_x, problem.inner_y))
     return ((on_x | on_y) if without_partner else (on_x & on_y)) & scale
 
 
-def _aligned_objective(
-    problem: PairProblem, rotation: _Rotation, free: Tensor
+def aligned_objective(
+    problem: PairProblem, rotation: Rotation, free: Tensor
 ) -> tuple[Objective, Callable[[Tensor, Tensor], Tensor]]:
     """The objective in terms of a point and log scales, and the function that gives the aligned ``Z_t``."""
     rx, ry = problem.G_M.shape[-2:]

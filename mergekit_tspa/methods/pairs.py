@@ -6,7 +6,14 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from mergekit_tspa.alignment.attention import SideGrams, align_attention, inner_to_A, inner_to_B, pair_problem
+from mergekit_tspa.alignment.attention import (
+    PairProblem,
+    SideGrams,
+    align_attention,
+    inner_to_A,
+    inner_to_B,
+    pair_problem,
+)
 from mergekit_tspa.alignment.pairwise import align_pairwise
 from mergekit_tspa.alignment.stiefel import Solution
 from mergekit_tspa.base.geometry import AttentionGeometry
@@ -61,8 +68,8 @@ def align_pairs(
             ) from error
         reports.append(Report.of(what, names, [pair.plan.adapters for pair in batch], solution, axis=2))
         for pair, X, Y in zip(batch, inner_x, inner_y):
-            _write_back(pair.plan, pair.plan.x, X, aligned)
-            _write_back(pair.plan, pair.plan.y, Y, aligned)
+            write_back(pair.plan, pair.plan.x, X, aligned)
+            write_back(pair.plan, pair.plan.y, Y, aligned)
     return list(aligned.values()), reports
 
 
@@ -70,18 +77,23 @@ def solve_products(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
     """Align the products of attention (Eq. 5-7)."""
     plan = batch[0].plan
     p = plan.parameters
+    rope = p.rope_safe and plan.x.role == "q" and plan.geometry.rotary_dim != 0
+    return align_attention(
+        problem_of(batch), **_solver(p, progress), rope_safe=rope, rotary_dim=plan.geometry.rotary_dim
+    )
+
+
+def problem_of(batch: Sequence[Pair]) -> PairProblem:
+    """The objectives of pairs of equal shapes, which differ in nothing but their tensors."""
+    plan = batch[0].plan
     sides = _sides(batch)
     # Unless taken literally, weights are in the sides already.
     weights = sides[0][0].K.new_tensor(
         [pair.plan.weights if pair.plan.literal else [1.0] * len(pair.plan.weights) for pair in batch]
     )
-    problem = pair_problem(*sides, weights, min(p.target_scale, len(plan.adapters)))
+    problem = pair_problem(*sides, weights, min(plan.parameters.target_scale, len(plan.adapters)))
     # Folded in float64, where the targets cancel; float32 is enough for the steps.
-    problem = type(problem)(*(t.to(batch[0].x.K.dtype) for t in problem))
-    rope = p.rope_safe and plan.x.role == "q" and plan.geometry.rotary_dim != 0
-    return align_attention(
-        problem, **_solver(p, progress), rope_safe=rope, rotary_dim=plan.geometry.rotary_dim
-    )
+    return PairProblem(*(t.to(batch[0].x.K.dtype) for t in problem))
 
 
 def solve_pairwise(batch: Sequence[Pair], progress: PartProgress) -> Aligned:
@@ -107,7 +119,7 @@ def _solver(parameters: Any, progress: PartProgress) -> dict[str, Any]:
     }
 
 
-def _write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str, TensorInputs]) -> None:
+def write_back(plan: PairPlan, side: PairSide, inner: Tensor, aligned: dict[str, TensorInputs]) -> None:
     """Replace the rotated factor of each adapter, or the side's rows of it."""
     g = plan.geometry
     for adapter, module, S in zip(plan.adapters, side.modules, inner):

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from mergekit_tspa.alignment.attention import (
     PairProblem,
-    _aligned_objective,
     _any_rotation,
-    _free_scales,
     _rope_rotation,
     align_attention,
+    aligned_objective,
+    free_scales,
     inner_to_A,
     inner_to_B,
     input_side,
@@ -105,7 +105,7 @@ def test_gram_objective_is_the_dense_one(case, rope):
     problem = problem_of(*layers, weights=weights)
     Z = torch.cat([problem.inner_x.flatten(3, 4), problem.inner_y.flatten(3, 4)], dim=-2).movedim(1, 2)
     rotation = _rope_rotation(Z, d - 2) if rope else _any_rotation(Z)
-    objective, rotated = _aligned_objective(problem, rotation, torch.ones_like(weights, dtype=torch.bool))
+    objective, rotated = aligned_objective(problem, rotation, torch.ones_like(weights, dtype=torch.bool))
     start = rotation.start
     point = torch.linalg.qr((start + base(6, *start.shape)).mT)[0].mT.contiguous()
     log_s = 0.1 * base(7, *weights.shape)
@@ -140,7 +140,7 @@ def test_gradients(case, rope):
     problem = problem_of((x, y), weights=weights)
     Z = torch.cat([problem.inner_x.flatten(3, 4), problem.inner_y.flatten(3, 4)], dim=-2).movedim(1, 2)
     rotation = _rope_rotation(Z, 4) if rope else _any_rotation(Z)
-    objective, _ = _aligned_objective(problem, rotation, torch.ones_like(weights, dtype=torch.bool))
+    objective, _ = aligned_objective(problem, rotation, torch.ones_like(weights, dtype=torch.bool))
     point, log_s = rotation.start + 0.3 * base(1, *rotation.start.shape), 0.2 * base(2, *weights.shape)
     check_gradients(objective, point, log_s)
 
@@ -193,7 +193,7 @@ def test_scales_move_only_with_a_partner():
     x, y = sides("qk")
     y = (*y[:2], y[2] * torch.tensor([1.0, 0, 1.0], dtype=F64).view(3, 1, 1, 1, 1))
     problem = problem_of((x, y), weights=torch.ones(1, 3))
-    assert _free_scales(problem, True, False).tolist() == [[True, False, True]]
+    assert free_scales(problem, True, False).tolist() == [[True, False, True]]
     _, S_Y, solution = align_attention(problem, steps=30)
     assert solution.log_s[0, 1] == 0 and (solution.log_s[0, ::2] != 0).all()
     assert S_Y[:, 1].abs().max() == 0
