@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from mergekit_tspa.adapters.on_disk import Factor, in_memory
 from mergekit_tspa.calibration.batches import Batch, Texts
 from mergekit_tspa.calibration.layers import (
     EVERYTHING,
@@ -71,7 +72,29 @@ class SketchedInputs(NamedTuple):
         return SketchedInputs(self.U[:, :k], self.values[:k], rest, self.tokens)
 
 
-InputStatistics: TypeAlias = DenseInputs | SketchedInputs
+class StoredInputs(NamedTuple):
+    """A sketch whose directions are read from their file whenever it is asked for something."""
+
+    U: Factor  # (d_in, k)
+    values: Tensor  # l (k,)
+    rest: Tensor  # (d_in,)
+    tokens: int
+
+    def sketch(self) -> SketchedInputs:
+        return SketchedInputs(in_memory(self.U).float(), self.values, self.rest, self.tokens)
+
+    def dense(self) -> Tensor:
+        return self.sketch().dense()
+
+    def trace(self) -> Tensor:
+        """The inputs' mean square length."""
+        return self.sketch().trace()
+
+    def low_rank(self, k: int = RANK) -> SketchedInputs:
+        return self.sketch().low_rank(k)
+
+
+InputStatistics: TypeAlias = DenseInputs | SketchedInputs | StoredInputs
 Solve: TypeAlias = Callable[[str, Mapping[str, InputStatistics]], LoraFactors]
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_tspa.adapters import Adapter
-from mergekit_tspa.adapters.on_disk import in_memory
+from mergekit_tspa.adapters.on_disk import Factor, in_memory, open_tensors
 from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.base.files import read_json, readable, replaced
-from mergekit_tspa.calibration.moments import RANK, InputStatistics, SketchedInputs
+from mergekit_tspa.calibration.moments import RANK, InputStatistics, SketchedInputs, StoredInputs
 from mergekit_tspa.errors import InputError
 
 FORMAT = "mergekit_tspa calibration 1"
@@ -98,7 +98,9 @@ def save_statistics(
 def load_statistics(
     file: Path, base: str | None = None, adapter: str | None = None
 ) -> dict[str, InputStatistics]:
-    """Read statistics by tensor of the base; tensors with the same input have the same object.
+    """Statistics by tensor of the base; tensors with the same input have the same object.
+
+    They are looked through once.  Their directions stay in the file, as those of many adapters are large.
 
     Args:
         file: that `save_statistics` wrote
@@ -110,8 +112,7 @@ def load_statistics(
     """
     if not file.is_file():
         raise InputError(f"{file}: there are no statistics of inputs there")
-    with readable(file):
-        opened: Any = safe_open(file, framework="pt")
+    with readable(file), safe_open(file, framework="pt") as opened:
         content = json.loads((opened.metadata() or {}).get("calibration", "{}"))
     if content.get("format") != FORMAT:
         raise InputError(
@@ -124,7 +125,8 @@ def load_statistics(
                 "again"
             )
     with readable(file):
-        inputs = [_checked(opened, number, tokens, file) for number, tokens in enumerate(content["tokens"])]
+        tensors = open_tensors(file)
+        inputs = [_checked(tensors, number, tokens, file) for number, tokens in enumerate(content["tokens"])]
         return {tensor: inputs[number] for tensor, number in content["inputs"].items()}
 
 
@@ -135,17 +137,18 @@ def _rounded(inputs: SketchedInputs) -> dict[str, Tensor]:
     return {"U": U.contiguous(), "values": inputs.values.contiguous(), "rest": rest.contiguous()}
 
 
-def _checked(opened: Any, number: int, tokens: int, file: Path) -> SketchedInputs:
+def _checked(tensors: Mapping[str, Factor], number: int, tokens: Any, file: Path) -> StoredInputs:
     """
     Raises:
         InputError: shapes or values are not those of statistics.
     """
-    U, values, rest = (opened.get_tensor(f"{number}.{part}").float() for part in ("U", "values", "rest"))
+    U = tensors[f"{number}.U"]
+    values, rest = (in_memory(tensors[f"{number}.{part}"]).float() for part in ("values", "rest"))
     sound = U.ndim == 2 and values.shape == U.shape[1:] and rest.shape == U.shape[:1]
-    finite = all(bool(torch.isfinite(part).all()) for part in (U, values, rest))
+    finite = all(bool(torch.isfinite(part).all()) for part in (in_memory(U), values, rest))
     if not sound or not finite or (values < 0).any() or (rest < 0).any() or not isinstance(tokens, int):
         raise InputError(f"{file}: damaged; make the statistics again")
-    return SketchedInputs(U, values, rest, tokens)
+    return StoredInputs(U, values, rest, tokens)
 
 
 def _add(found: Any, tensor: Tensor) -> None:

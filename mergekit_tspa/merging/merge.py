@@ -1,10 +1,10 @@
 """From a plan to merged updates: load the factors, take statistics, merge, and check what comes out."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -182,10 +182,8 @@ def survey_plan(
         readings = readings or plan.guide.readings(plan.tensors, device, progress)
         readings.merged_by = partial(_merged_by, plan, device, progress, readings)
         own = readings.base.own_name
-        inputs = (load_tensor(plan.method, tensor, device) for tensor in plan.tensors)
-        renamed = [w._replace(name=own(w.name)) for w in inputs if w.factors]
         with _memory_is_told():
-            found = plan.method.guided(renamed, readings)
+            found = plan.method.guided(_Loaded(plan, device, own), readings)
         names = {own(tensor.name): tensor.name for tensor in plan.tensors}
         found = {names.get(name, name): values for name, values in found.items()}
         for warning in () if begun else readings.warnings:
@@ -200,6 +198,34 @@ def survey_plan(
             if w.factors
         )
     )
+
+
+class _Loaded(Sequence[TensorInputs]):
+    """The tensors of a plan whose updates are not all zero, read from files whenever they are asked for.
+
+    Args:
+        own: the name of a tensor in the model that reads the texts
+    """
+
+    def __init__(self, plan: MergePlan, device: Device, own: Callable[[str], str]):
+        self._load = partial(load_tensor, plan.method, device=device)
+        self._own = own
+        self._plans = [tensor for tensor in plan.tensors if self._load(tensor).factors]
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    @overload
+    def __getitem__(self, at: int) -> TensorInputs: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> list[TensorInputs]: ...
+
+    def __getitem__(self, at: int | slice) -> TensorInputs | list[TensorInputs]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        w = self._load(self._plans[at])
+        return w._replace(name=self._own(w.name))
 
 
 def _merged_by(

@@ -67,13 +67,16 @@ def solve_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
     """Every tensor by `regmean_tensor`, on the inputs that the single adapters have."""
     p = text_parameters(inputs)
     assert isinstance(p, RegmeanParameters)
-    known = [(w, statistics_of(w, readings)) for w in inputs]
-    solved = in_threads(
-        lambda one: _solved(*one, p),
-        known,
-        done=lambda count: readings.progress("merging", count / len(known), None),
-    )
-    return {w.name: update for (w, _), update in zip(known, solved)}
+    _ = readings.statistics  # from the texts, before the threads of the model are shared out
+
+    def solve(at: int) -> tuple[str, LoraFactors]:
+        w = inputs[at]  # its factors are read now, and let go again
+        return w.name, _solved(w, statistics_of(w, readings), p)
+
+    def done(count: int) -> None:
+        readings.progress("merging", count / len(inputs), None)
+
+    return dict(in_threads(solve, range(len(inputs)), done=done))
 
 
 def _solved(w: TensorInputs, inputs: Sequence[InputStatistics], p: RegmeanParameters) -> LoraFactors:

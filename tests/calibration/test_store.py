@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergekit_tspa.adapters import read_adapter
+from mergekit_tspa.adapters.on_disk import OnDisk
 from mergekit_tspa.base.checkpoint import Checkpoint
-from mergekit_tspa.calibration.moments import SketchedInputs, input_statistics
+from mergekit_tspa.calibration.moments import SketchedInputs, StoredInputs, input_statistics
 from mergekit_tspa.calibration.store import (
     calibration_file,
     hash_adapter,
@@ -44,6 +45,17 @@ def test_round_trip(stored):
     # Tensors that share their inputs do so in the file, too.
     assert len(load_file(file)) == 3 * len({id(s) for s in statistics.values()}) == 24
     assert len({id(s) for s in found.values()}) == 8
+
+
+def test_directions_stay_in_their_file_which_must_be_the_same(stored):
+    file, _ = stored
+    found = [*load_statistics(file, "base", "adapter").values()]
+    assert all(isinstance(one, StoredInputs) and isinstance(one.U, OnDisk) for one in found)
+    assert found[0].low_rank(3).U.shape == (found[0].U.shape[0], 3)
+    assert found[0].trace() == pytest.approx(found[0].dense().trace().item(), rel=1e-5)
+    file.write_bytes(file.read_bytes() + b"0")
+    with pytest.raises(InputError, match="the file has changed since this run began"):
+        found[0].dense()
 
 
 def test_statistics_of_another_base_or_adapter_are_refused(stored):

@@ -1,6 +1,7 @@
 """Methods that look at texts: against plain formulas on what PEFT's own models see, and what they promise."""
 
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from mergekit_tspa.base.checkpoint import Checkpoint
 from mergekit_tspa.calibration.gradients import squared_gradients
 from mergekit_tspa.calibration.score import score, single_answers
 from mergekit_tspa.calibration.store import calibration_file, hash_adapter, hash_base, save_statistics
+from mergekit_tspa.merging.merge import load_tensor
+from mergekit_tspa.methods.text_regmean import _solved
 from tests.calibration.conftest import peft_model, singles_of, tiny_tokenizer
 from tests.conftest import LINES, load_model, relative_error, save_adapter, save_gpt2, turned, write_lines
 
@@ -241,6 +244,27 @@ def test_statistics_in_files_take_the_place_of_texts(speaking, tmp_path):
         merge_adapters("regmean", adapters, base=base, calibration=files[::-1])
     with pytest.raises(InputError, match="it has none; give it"):
         merge_adapters("regmean_plus", adapters, base=base, calibration=files)
+
+
+def test_regmean_holds_the_factors_of_few_tensors_at_a_time(speaking, monkeypatch):
+    base, adapters, texts = speaking
+    loaded, alive = [], []
+
+    def watched(*args, **options):
+        w = load_tensor(*args, **options)
+        loaded.extend(weakref.ref(f.B) for f in w.factors)
+        return w
+
+    def counted(w, *rest):
+        alive.append(sum(one() is not None for one in loaded))
+        return _solved(w, *rest)
+
+    monkeypatch.setattr("mergekit_tspa.merging.merge.load_tensor", watched)
+    monkeypatch.setattr("mergekit_tspa.methods.text_regmean._solved", counted)
+    found = merge_adapters("regmean", adapters, base=base, examples=texts, lambda_=1.0)
+    assert len(alive) == len(found) >= 4
+    # Of one tensor for each thread.
+    assert max(alive) <= len(adapters) * min(torch.get_num_threads(), len(found) - 1)
 
 
 def test_adapters_write_their_own_answers_and_texts(speaking):
