@@ -3,10 +3,11 @@
     python benchmarks/adapter.py [--model 8b|70b|moe] [--adapters 8] [--rank 16] [--all-linear] [--methods NAME ...]
 
 The base's header is real and its weights are a hole in a sparse file: the methods measured here must not look at them.
-Merged updates are cut to the adapters' rank.  The floor is what a merge in small coordinates cannot do without, measured
-in the same run and with the same threads: every factor read once from its file, and a QR in float32 of the stacked
-factors of each side of each tensor.  The last column is how far the updates of one layer are from those of the same
-method with a QR in float64 in place of Gram matrices, `||difference|| / ||update||`, the largest of the layer.
+Merged updates are cut to the adapters' rank.  With experts (`moe`) they are made and not written, as an adapter holds no
+merged experts.  The floor is what a merge in small coordinates cannot do without, measured in the same run and with the
+same threads: every factor read once from its file, and a QR in float32 of the stacked factors of each side of each
+tensor.  The last column is how far the updates of one layer are from those of the same method with a QR in float64 in
+place of Gram matrices, `||difference|| / ||update||`, the largest of the layer.
 
 `regmean` reads no texts here: it gets statistics of random inputs, in files as `mergekit-tspa calibrate` writes them.
 """
@@ -137,12 +138,24 @@ def rows(folder: Path, base: Path, adapters: list[Path], args) -> Iterator[str]:
         recipe.write_text(
             yaml.safe_dump({"merge_method": method, "models": models, "parameters": parameters})
         )
-        seconds, peak = measure(script, "adapter", str(recipe), str(out), "--quiet")
-        size = (out / "adapter_model.safetensors").stat().st_size / MiB
+        size = None
+        if args.model == "moe":  # an adapter holds no merged experts: the updates alone
+            seconds, peak = measure(sys.executable, "-c", updates_only(method, adapters, base, parameters))
+        else:
+            seconds, peak = measure(script, "adapter", str(recipe), str(out), "--quiet")
+            size = (out / "adapter_model.safetensors").stat().st_size / MiB
         off = "-" if method == "regmean" else f"{error(method, adapters, parameters):.0e}"
-        yield f"| {method} | {seconds:.1f} | {seconds / least:.2f} | {peak:.0f} | {size:.0f} | {off} |"
-    seconds = writing(out / "adapter_model.safetensors")
-    yield f"| (writing {size:.0f} MiB) | {seconds:.1f} | {seconds / least:.2f} | - | - | - |"
+        written = "-" if size is None else f"{size:.0f}"
+        yield f"| {method} | {seconds:.1f} | {seconds / least:.2f} | {peak:.0f} | {written} | {off} |"
+    if size is not None:
+        seconds = writing(out / "adapter_model.safetensors")
+        yield f"| (writing {size:.0f} MiB) | {seconds:.1f} | {seconds / least:.2f} | - | - | - |"
+
+
+def updates_only(method: str, adapters: list[Path], base: Path, parameters: dict) -> str:
+    """A program that merges, and writes nothing."""
+    given = f"{method!r}, {[*map(str, adapters)]!r}, base={str(base)!r}, **{parameters!r}"
+    return f"from mergekit_tspa import merge_adapters\nmerge_adapters({given})"
 
 
 def main() -> None:
