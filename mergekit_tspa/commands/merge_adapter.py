@@ -21,7 +21,7 @@ from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 @click.option(
     "--memory",
     type=click.FloatRange(min=0.1),
-    help="GiB for the tensors that are merged at the same time; by default a sixteenth of the machine's, "
+    help="GiB for the tensors that are merged at the same time; by default 1/32 of the machine's, "
     "and at least 1",
 )
 @add_merge_options

@@ -10,13 +10,13 @@ _limit: int | None = None  # bytes
 
 
 def budget() -> int:
-    """Bytes for all tensors that are worked on at the same time: what was asked for, or a sixteenth of the
+    """Bytes for all tensors that are worked on at the same time: what was asked for, or 1/32 of the
     machine's memory and at least one GiB.
 
     It depends on the machine and not on what else runs there, because it decides how many threads a tensor
     gets, and with that the last bits of its update.
     """
-    return _limit or max(GIB, psutil.virtual_memory().total // 16)
+    return _limit or max(GIB, psutil.virtual_memory().total // 32)
 
 
 @contextmanager
