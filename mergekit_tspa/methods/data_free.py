@@ -44,7 +44,9 @@ class WudiParameters(OneByOneParameters):
 
 class SwudiParameters(OneByOneParameters):
     time: float = Field(300.0, ge=0, allow_inf_nan=False, description="how long the gradient flow goes on")
-    share: float | None = Field(None, gt=0, le=1, description="share of the directions that it moves; all")
+    share: float | None = Field(
+        None, gt=0, le=1, description="share of the directions that it moves; by default all"
+    )
     start: Start = Field("sum", description="what the flow starts from")
 
 
@@ -67,7 +69,10 @@ class DcMergeParameters(OneByOneParameters):
     )
     ratio: float = Field(5.0, ge=1, allow_inf_nan=False, description="for `linear`, of the first to the last")
     keep: float | None = Field(
-        None, gt=0, le=1, description="share of each update's entries that stay; one per direction"
+        None,
+        gt=0,
+        le=1,
+        description="share of each update's entries that stay; by default as many as it has directions",
     )
     rank_per_task: int | None = Field(
         None, ge=1, description="directions of an adapter that count; by default all, or an equal share"

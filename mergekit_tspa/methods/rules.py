@@ -99,7 +99,7 @@ class PcbParameters(OneByOneParameters):
 
 class Scoped(Parameters):
     scope: Literal["tensor", "model"] = Field(
-        "tensor", description="take statistics over one weight, or over the whole model (a second pass)"
+        "tensor", description="take statistics over each tensor, or over the whole model (a second pass)"
     )
 
 

@@ -42,7 +42,7 @@ class TextParameters(Parameters):
     temperature: float = Field(0.7, ge=0, le=2, description="of what adapters write; 0: the likeliest token")
     batch_tokens: int = Field(4096, ge=16, description="tokens that are read at once; fewer need less memory")
     memory: float | None = Field(
-        None, gt=0, description="GiB for the base, which is streamed if it is larger; what is free"
+        None, gt=0, description="GiB for the base, which is streamed if it is larger; by default what is free"
     )
 
     @property
