@@ -6,8 +6,8 @@
 `trial`: a merge with 8 texts of each task, judged as a search does it, against the passes of the base over the same
 texts in the same run.
 
-`search`: tune with texts of the train split (64 of each task judge, others are the examples), the result and the
-rows that README recommends scored on the dev split, which the search does not see.  SET is a directory with one adapter
+`search`: tune with texts of the train split (64 of each task judge, others are the examples), the result and, without
+examples, the rows that README recommends scored on the dev split, which the search does not see.  SET is a directory with one adapter
 per task, DIR has `TASK.train.jsonl` and `TASK.dev.jsonl` with a prompt `p` and an answer `a` a line.
 """
 
@@ -104,7 +104,8 @@ def measure_search(
             best.method, paths, weights, base=base, **own, **parameters
         )
     }
-    for label, (method, values) in ROWS.items():
+    rows = {} if examples else ROWS  # which look at no texts
+    for label, (method, values) in rows.items():
         merges[label] = merge_adapters(method, paths, base=base, **values)
     report = score(base, merges, [rows_of(data, task, "dev", 0, n) for task in tasks])
     print(

@@ -86,6 +86,7 @@ class Readings:
         # What another method makes of the same adapters, given it and its parameters: tensors and updates.
         self.merged_by: Callable[..., Iterable[tuple[str, LowRank | Dense]]] | None = None
         self._model, self._tokenizer = model, tokenizer
+        self._said: dict[int | None, dict[str, list[Answers]]] = {}  # by how many texts of each
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -197,9 +198,13 @@ class Readings:
         return {adapter.name: found[adapter.name] for adapter in self.adapters}
 
     def answers(self, texts: int | None = None) -> dict[str, list[Answers]]:
-        """What single adapters say of their texts, or of the first so many of each."""
-        chosen = {name: own[:texts] for name, own in self.written.items()}
-        return single_answers(self.singles, chosen, batch_tokens=self.answer_tokens, progress=self.progress)
+        """What single adapters say of their texts, or of the first so many of each; computed once."""
+        if texts not in self._said:
+            chosen = {name: own[:texts] for name, own in self.written.items()}
+            self._said[texts] = single_answers(
+                self.singles, chosen, batch_tokens=self.answer_tokens, progress=self.progress
+            )
+        return self._said[texts]
 
     @property
     def answer_tokens(self) -> int:

@@ -30,7 +30,7 @@ KNOWN = (  # what keeps most on four sets of adapters together (benchmarks/resul
     Spec("core_iso", {"lambda": 3.0, "pico": True}),
 )
 SCREENING = 0.45  # of the time, at most, for all methods at their defaults
-TRAINING = 0.55  # of the time for distillation, where there are examples
+TRAINING = 0.7  # of the time for distillation, where there are examples
 LAST = 0.08  # of the time, for the texts that the search never sees
 FINALISTS = 3
 POOR = 0.5  # of the best so far: a method that is worse at its defaults is tried again with a shorter update
@@ -38,11 +38,10 @@ SHORTER = 0.4  # of the default lambda; the sum of several updates is often too 
 DRAWS = 200  # of the bootstrap that only ranks
 PATIENCE, LEAST_PATIENCE = 0.05, 5.0  # a merge may take this share of the time, and these seconds in any case
 NOT_FINITE = "its losses are not finite"
-FEWEST_STEPS, MOST_STEPS = 16, 96  # of a distillation
+# Of a distillation with one text of each adapter a step: more of such steps find more than fewer larger ones.
+FEWEST_STEPS, MOST_STEPS = 32, 192
 PASSES_A_STEP = 3.0  # over a text that a step of distillation costs: forward, backward, its share of tests
-STEPS_BEFORE = (
-    14  # that distillation's start is worth: the regression, its length, the single adapters' answers
-)
+STEPS_BEFORE = 28  # that its start is worth: the regression, its length, the single adapters' answers
 
 
 class Finalist(NamedTuple):
@@ -162,7 +161,7 @@ class Tuner:
         specs = [self.start, *(spec for spec in KNOWN if spec.method in METHODS)]
         specs += [Spec(method.name) for method in self._methods()]
         queue = [spec for i, spec in enumerate(specs) if spec not in done and spec not in specs[:i]]
-        share = SCREENING * (0.6 if self._trains else 1.0)
+        share = SCREENING * (0.4 if self._trains else 1.0)
         waiting, again = iter(queue), [*done]
 
         def next_job() -> tuple[Spec, Job] | None:
@@ -255,7 +254,7 @@ class Tuner:
         if steps < FEWEST_STEPS:
             self.untried.append("distill")
             return
-        spec = Spec("distill", {"steps": steps})
+        spec = Spec("distill", {"steps": steps, "texts_per_step": 1})
         self._told(f"distilling in {steps} steps")
         last = len(self.split.rounds) - 1
         outcome = self._one(Job(spec, self._texts(last)))
@@ -429,8 +428,7 @@ class Tuner:
         pace = min(self.pace, default=1e-3)  # others spent time on merges as well
         own = [example for texts in self.judge.texts.values() for example in texts]
         length = sum(len(example.tokens) for example in own) / len(own)
-        # Two texts of each adapter in a step.
-        step = PASSES_A_STEP * pace * 2 * len(self.adapters) * length
+        step = PASSES_A_STEP * pace * len(self.adapters) * length
         return min(MOST_STEPS, int(seconds / step) - STEPS_BEFORE)
 
     def _promising(self) -> list[str]:

@@ -291,7 +291,8 @@ def test_with_examples_methods_read_and_one_is_trained(tmp_path):
     found = Search(tmp_path, examples=True, seconds=90).run()
     assert "regmean" in {one.spec.method for one in found.tried if one.stage == SCREEN}
     (finish,) = [one for one in found.tried if one.stage == FINISH]
-    assert finish.spec == Spec("distill", {"steps": tuning.MOST_STEPS}) and found.best == finish.spec
+    spec = Spec("distill", {"steps": tuning.MOST_STEPS, "texts_per_step": 1})
+    assert finish.spec == spec and found.best == finish.spec
     assert finish.round == 2
 
 
