@@ -38,7 +38,7 @@ SHORTER = 0.4  # of the default lambda; the sum of several updates is often too 
 DRAWS = 200  # of the bootstrap that only ranks
 PATIENCE, LEAST_PATIENCE = 0.05, 5.0  # a merge may take this share of the time, and these seconds in any case
 NOT_FINITE = "its losses are not finite"
-# Of a distillation with one text of each adapter a step: more of such steps find more than fewer larger ones.
+# Of a distillation with one text of each adapter a step, the more of which fit (benchmarks/results/tune.md).
 FEWEST_STEPS, MOST_STEPS = 32, 192
 PASSES_A_STEP = 3.0  # over a text that a step of distillation costs: forward, backward, its share of tests
 STEPS_BEFORE = 28  # that its start is worth: the regression, its length, the single adapters' answers

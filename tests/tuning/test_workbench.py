@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 
 from mergekit_tspa import InputError
+from mergekit_tspa.calibration import readings
 from mergekit_tspa.calibration.readings import Readings, TextSource
+from mergekit_tspa.calibration.score import single_answers
 from mergekit_tspa.scoring.scores import judge_of
 from mergekit_tspa.tuning.searches import Bench, _sum_of
 from mergekit_tspa.tuning.workbench import Job, Spec
@@ -40,3 +42,18 @@ def test_a_slow_merge_is_given_up_and_reading_texts_is_not(bench):
     for method in ("regmean", "regmean_plus"):
         assert bench.run(Job(Spec(method), numbers, 0.0)).rank == 3
     assert bench.run(Job(Spec("distill", {"steps": 2, "start": "regmean_plus"}), numbers)).rank == 3
+
+
+def test_single_adapters_are_heard_once_for_all_trials(bench, monkeypatch):
+    heard = []
+
+    def counted(singles, texts, **rest):
+        heard.append(texts)
+        return single_answers(singles, texts, **rest)
+
+    monkeypatch.setattr(readings, "single_answers", counted)
+    bench.readings._said.clear()
+    numbers = {task: [0, 1] for task in bench.judge.texts}
+    for parameters in ({}, {"ridge": 0.2}):
+        bench.run(Job(Spec("regmean", parameters), numbers))
+    assert len(heard) == 1
