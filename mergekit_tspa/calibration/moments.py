@@ -2,8 +2,8 @@
 t.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -171,7 +171,7 @@ class Inputs:
     moments.
     """
 
-    def __init__(self, singles: Singles, k: int, dense_up_to: int, keep: bool = True):
+    def __init__(self, singles: Singles, k: int = RANK, dense_up_to: int = DENSE_UP_TO, keep: bool = True):
         """keep: the moments of earlier inputs, besides those of the latest."""
         self.singles, self.k, self.dense_up_to, self.keep = singles, k, dense_up_to, keep
         self.moments: dict[tuple[str, str], Moment] = {}  # by adapter and owner
@@ -195,8 +195,32 @@ class Inputs:
                 self._taken.add(name)
                 self._moment(name, layer).add(self._inputs(layer, x, batch, name, part))
 
+    @contextmanager
+    def taken(self, batch: Batch, pace: Pace) -> Iterator[None]:
+        """While this lasts, what passes through the model is this batch, and its inputs are taken."""
+        with ExitStack() as stack:
+            _listen(stack, self.singles, batch, pace, self.take)
+            yield
+
     def of(self, name: str, tensor: str) -> InputStatistics:
         return self.moments[name, self.owner[tensor]].mean()
+
+    def statistics(self) -> dict[str, dict[str, InputStatistics]]:
+        """`{adapter: {tensor of the base: statistics}}`; tensors of one input have the same object.
+
+        Raises:
+            InputError: a tensor was not heard of.
+        """
+        _check_heard(self.singles, self.owner)
+        means = {key: moment.mean() for key, moment in self.moments.items()}
+        return {
+            name: {
+                tensor: means[name, self.owner[tensor]]
+                for tensor in self.singles.updates[name]
+                if tensor in self.owner and (name, self.owner[tensor]) in means
+            }
+            for name in self.singles.names
+        }
 
     def _moment(self, name: str, layer: Layer) -> Moment:
         key = name, self._owner
@@ -259,21 +283,10 @@ def input_statistics(
     batches = singles.batches(texts, batch_tokens)
     pace = Pace("inputs", sum(len(batch.examples) for batch in batches), progress)
     for batch in batches:
-        with ExitStack() as stack:
-            stack.enter_context(singles.alone(batch.parts))
-            _listen(stack, singles, batch, pace, inputs.take)
+        with singles.alone(batch.parts), inputs.taken(batch, pace):
             singles.read(batch)
         pace.finished(len(batch.examples))
-    _check_heard(singles, inputs.owner)
-    means = {key: moment.mean() for key, moment in inputs.moments.items()}
-    return {
-        name: {
-            tensor: means[name, inputs.owner[tensor]]
-            for tensor in singles.updates[name]
-            if tensor in inputs.owner and (name, inputs.owner[tensor]) in means
-        }
-        for name in singles.names
-    }
+    return inputs.statistics()
 
 
 def _check_heard(singles: Singles, heard: Mapping[str, str]) -> None:

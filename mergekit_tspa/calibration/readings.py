@@ -15,7 +15,7 @@ from mergekit_tspa.calibration.examples import Example, Tokenizer, context_lengt
 from mergekit_tspa.calibration.generate import self_texts, write_answers
 from mergekit_tspa.calibration.layers import Progress, silent
 from mergekit_tspa.calibration.load import load_model, load_tokenizer
-from mergekit_tspa.calibration.moments import InputStatistics, input_statistics
+from mergekit_tspa.calibration.moments import Inputs, InputStatistics, input_statistics
 from mergekit_tspa.calibration.score import ANSWER_TOKENS, Answers, single_answers
 from mergekit_tspa.calibration.singles import BATCH_TOKENS, Model, Singles
 from mergekit_tspa.calibration.store import hash_adapter, hash_base, load_statistics
@@ -201,10 +201,31 @@ class Readings:
         """What single adapters say of their texts, or of the first so many of each; computed once."""
         if texts not in self._said:
             chosen = {name: own[:texts] for name, own in self.written.items()}
+            if texts is not None and None in self._said:
+                few = {name: {id(example) for example in own} for name, own in chosen.items()}
+                said = self._said[None].items()
+                return {name: [one for one in own if id(one.example) in few[name]] for name, own in said}
             self._said[texts] = single_answers(
                 self.singles, chosen, batch_tokens=self.answer_tokens, progress=self.progress
             )
         return self._said[texts]
+
+    def study(self) -> None:
+        """`statistics` and `answers` of all texts from the same passes, for what will want both."""
+        known = "statistics" in self.__dict__ or None in self._said
+        if known or any(source.examples is None for source in self.sources.values()):
+            return
+        if not all(example.answer_tokens for own in self.written.values() for example in own):
+            return  # a text without an answer has statistics, and nothing is said to it
+        inputs = Inputs(self.singles)
+        self._said[None] = single_answers(
+            self.singles,
+            self.written,
+            batch_tokens=self.answer_tokens,
+            progress=self.progress,
+            inputs=inputs,
+        )
+        self.statistics = inputs.statistics()
 
     @property
     def answer_tokens(self) -> int:

@@ -3,7 +3,7 @@ texts.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from mergekit_tspa.calibration.batches import Batch, Texts, make_batches
 from mergekit_tspa.calibration.examples import Example
 from mergekit_tspa.calibration.layers import Progress, frozen, silent
+from mergekit_tspa.calibration.moments import Inputs
 from mergekit_tspa.calibration.singles import Pace, Singles
 from mergekit_tspa.errors import InputError
+from mergekit_tspa.linalg import finite
 from mergekit_tspa.updates import LoraFactors
 
 TOP = 128
@@ -54,6 +56,7 @@ def single_answers(
     top: int = TOP,
     batch_tokens: int = ANSWER_TOKENS,
     progress: Progress = silent,
+    inputs: Inputs | None = None,
 ) -> dict[str, list[Answers]]:
     """What every adapter alone says of its own texts, all adapters side by side.
 
@@ -62,6 +65,7 @@ def single_answers(
         texts: by adapter; texts without an answer are left out
         top: how many of the likeliest tokens are kept
         batch_tokens: in a pass
+        inputs: takes the moments of the same texts, where they are wanted as well
 
     Raises:
         InputError: an adapter has no text with an answer, or says NaN.
@@ -71,7 +75,8 @@ def single_answers(
     batches = singles.batches(answered, batch_tokens)
     pace = Pace("what single adapters say", sum(len(batch.examples) for batch in batches), progress)
     for batch in batches:
-        with frozen(singles.model), singles.alone(batch.parts):
+        hearing = inputs.taken(batch, pace) if inputs else nullcontext()
+        with frozen(singles.model), singles.alone(batch.parts), hearing:
             logits = answer_logits(singles, batch)
         log_p, tokens = logits.log_softmax(dim=-1).topk(min(top, logits.shape[-1]), dim=-1)
         log_rest = _rest(log_p)
@@ -246,7 +251,7 @@ def answer_logits(singles: Singles, batch: Batch) -> Tensor:
     if logits.ndim == 3:
         logits = logits[where.to(logits.device)]
     found: Tensor = logits.float()
-    if not torch.isfinite(found.detach()).all():
+    if not finite(found.detach()):
         raise InputError("the model's logits are NaN or infinite; load it in float32, or check the adapters")
     return found
 

@@ -42,6 +42,8 @@ def merge_distill(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
     p = text_parameters(inputs)
     assert isinstance(p, DistillParameters)
     check_texts(readings.written)  # before the start, which takes its time
+    if p.start == "regmean":
+        readings.study()
     start = start_of(inputs, p, readings)
     found = distill(
         readings.singles,

@@ -39,9 +39,9 @@ DRAWS = 200  # of the bootstrap that only ranks
 PATIENCE, LEAST_PATIENCE = 0.05, 5.0  # a merge may take this share of the time, and these seconds in any case
 NOT_FINITE = "its losses are not finite"
 # Of a distillation with one text of each adapter a step, the more of which fit (benchmarks/results/tune.md).
-FEWEST_STEPS, MOST_STEPS = 32, 192
-PASSES_A_STEP = 3.0  # over a text that a step of distillation costs: forward, backward, its share of tests
-STEPS_BEFORE = 28  # that its start is worth: the regression, its length, the single adapters' answers
+FEWEST_STEPS, MOST_STEPS = 12, 192
+PASSES_A_STEP = 3.3  # over a text that a step of distillation costs: forward, backward, its share of tests
+STEPS_BEFORE = 19  # that its start is worth: what the single adapters say, the regression, its length
 
 
 class Finalist(NamedTuple):
@@ -161,7 +161,7 @@ class Tuner:
         specs = [self.start, *(spec for spec in KNOWN if spec.method in METHODS)]
         specs += [Spec(method.name) for method in self._methods()]
         queue = [spec for i, spec in enumerate(specs) if spec not in done and spec not in specs[:i]]
-        share = SCREENING * (0.4 if self._trains else 1.0)
+        share = SCREENING * (0.4 if self._kept else 1.0)
         waiting, again = iter(queue), [*done]
 
         def next_job() -> tuple[Spec, Job] | None:

@@ -3,9 +3,11 @@
 from functools import partial
 
 import pytest
+import torch
 
 from mergekit_tspa import InputError
 from mergekit_tspa.calibration import readings
+from mergekit_tspa.calibration.moments import input_statistics
 from mergekit_tspa.calibration.readings import Readings, TextSource
 from mergekit_tspa.calibration.score import single_answers
 from mergekit_tspa.scoring.scores import judge_of
@@ -42,6 +44,23 @@ def test_a_slow_merge_is_given_up_and_reading_texts_is_not(bench):
     for method in ("regmean", "regmean_plus"):
         assert bench.run(Job(Spec(method), numbers, 0.0)).rank == 3
     assert bench.run(Job(Spec("distill", {"steps": 2, "start": "regmean_plus"}), numbers)).rank == 3
+
+
+def test_distillation_hears_single_adapters_once(bench, monkeypatch):
+    """Its start's statistics come from the pass that asks what they say, and are those of a pass of their own."""
+    own = bench.readings
+    fresh = Readings(own.base, own.directory, own.sources, model=own.model, tokenizer=own.tokenizer)
+    monkeypatch.setattr(fresh.singles, "read", None)  # the pass that only takes statistics
+    fresh.study()
+    for name, said in fresh.answers(1).items():
+        assert [one.example for one in said] == fresh.written[name][:1]
+    apart = input_statistics(own.singles, own.written)
+    assert apart.keys() == fresh.statistics.keys()
+    for name, tensors in apart.items():
+        assert tensors.keys() == fresh.statistics[name].keys()
+        for tensor, one in tensors.items():
+            assert fresh.statistics[name][tensor].tokens == one.tokens
+            torch.testing.assert_close(fresh.statistics[name][tensor].dense(), one.dense())
 
 
 def test_single_adapters_are_heard_once_for_all_trials(bench, monkeypatch):
