@@ -40,8 +40,8 @@ PATIENCE, LEAST_PATIENCE = 0.05, 5.0  # a merge may take this share of the time,
 NOT_FINITE = "its losses are not finite"
 # Of a distillation with one text of each adapter a step, the more of which fit (benchmarks/results/tune.md).
 FEWEST_STEPS, MOST_STEPS = 12, 192
-PASSES_A_STEP = 3.3  # over a text that a step of distillation costs: forward, backward, its share of tests
-STEPS_BEFORE = 19  # that its start is worth: what the single adapters say, the regression, its length
+PASSES_A_STEP = 3.2  # over a text that a step of distillation costs: forward, backward, its share of tests
+STEPS_BEFORE = 15  # that its start is worth: what the single adapters say, the regression, its length
 
 
 class Finalist(NamedTuple):
