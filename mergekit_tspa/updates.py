@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_tspa.linalg import Span, gram, leading_left, leading_subspace, product_svd, span
 
 _Factors = TypeVar("_Factors", bound="LoraFactors")
+_CACHED = 2**20  # entries of a tensor that are in float32 at the same time
 
 
 class LoraFactors(NamedTuple):
@@ -72,13 +73,21 @@ class LowRank(LoraFactors):
         """The closest update of a lower rank, in balanced factors."""
         return self.spanned().truncated(rank, self.B.dtype)
 
-    def apply_to(self, W: Tensor) -> Tensor:
-        """`W + B A`, computed and returned in the precision of the factors.
+    def apply_to(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`W + B A`, computed in the precision of the factors and rounded once.
+
+        On a processor some rows at a time, so that what is not rounded yet stays in its cache.
 
         Args:
             W: of any shape with d_out in front; a convolution's is taken as `(d_out, d_in * kernel)`
+            dtype: of the result; by default that of the factors
         """
-        return torch.addmm(W.flatten(1).to(self.B.dtype), self.B, self.A).view_as(W)
+        rows = W.flatten(1)  # (d_out, d_in)
+        result = torch.empty_like(rows, dtype=dtype or self.B.dtype)
+        count = len(rows) if rows.is_cuda else max(1, _CACHED // max(1, rows.shape[1]))
+        for W_i, B_i, result_i in zip(rows.split(count), self.B.split(count), result.split(count)):
+            result_i.copy_(torch.addmm(W_i.to(self.B.dtype), B_i, self.A))
+        return result.view_as(W)
 
 
 class Spanned(NamedTuple):
@@ -161,13 +170,14 @@ class Dense(NamedTuple):
         Q = leading_subspace(M, rank + 16, seed=0, steps=8)
         return LowRank(M @ Q, Q.mT).truncated(rank)
 
-    def apply_to(self, W: Tensor) -> Tensor:
-        """`W + dW`, computed and returned in the precision of the update.
+    def apply_to(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`W + dW`, computed in the precision of the update and rounded once.
 
         Args:
             W: of any shape with d_out in front
+            dtype: of the result; by default that of the update
         """
-        return W.to(self.dW.dtype) + self.dW.reshape(W.shape)
+        return (W.to(self.dW.dtype) + self.dW.reshape(W.shape)).to(dtype or self.dW.dtype)
 
 
 def nonzero(factors: Sequence[LoraFactors]) -> list[int]:

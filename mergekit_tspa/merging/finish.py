@@ -2,7 +2,7 @@
 rounded once.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -34,8 +34,8 @@ class Dora(NamedTuple):
     weights: Sequence[float]  # a_t / max(1, sum |a_t|), lambda included
     transposed: bool = False
 
-    def apply_to(self, W: Tensor) -> Tensor:
-        """`W'`, computed and returned in the precision of the update."""
+    def apply_to(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`W'`, computed in the precision of the update, and rounded once to `dtype` if that is given."""
         V = self.update.apply_to(W)
         start = self._norms(W.to(V.dtype))
         m = start.clone()
@@ -47,7 +47,8 @@ class Dora(NamedTuple):
                 m += weight * (magnitude.to(V) - start)
         tiny = torch.finfo(V.dtype).tiny  # a row of zeros stays one
         ratio = m / self._norms(V).clamp_min(tiny)
-        return V * (ratio if self.transposed else ratio.view(-1, *[1] * (V.ndim - 1)))
+        turned = V * (ratio if self.transposed else ratio.view(-1, *[1] * (V.ndim - 1)))
+        return turned.to(dtype or V.dtype)
 
     def _norms(self, W: Tensor) -> Tensor:
         return torch.linalg.vector_norm(W.flatten(1), dim=0 if self.transposed else 1)
@@ -82,10 +83,11 @@ class Changed(NamedTuple):
     weights: Sequence[float]
     scale: float
 
-    def apply_to(self, W: Tensor) -> Tensor:
-        """The new tensor, in float32 or the update's precision."""
+    def apply_to(self, W: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The new tensor, in `dtype`, or in float32 or the update's precision."""
         updated = self.update.apply_to(W) if self.update else W.float()
-        return updated + self.scale * mean_change(W, self.changes, self.weights)
+        updated = updated + self.scale * mean_change(W, self.changes, self.weights)
+        return updated.to(dtype or updated.dtype)
 
 
 MergedUpdate: TypeAlias = LowRank | Dense | Dora | Changed
@@ -131,15 +133,15 @@ def _scale(parameters: Parameters) -> float:
     return parameters.lambda_ / (1.0 if isinstance(default, str) else default)
 
 
-def apply_parts(W: Tensor, parts: Iterable[tuple[Index, MergedUpdate]], dtype: torch.dtype) -> Tensor:
+def apply_parts(W: Tensor, parts: Sequence[tuple[Index, MergedUpdate]], dtype: torch.dtype) -> Tensor:
     """A tensor with its parts updated in the precision of the updates, rounded once."""
     result = None
     for index, update in sorted(parts, key=lambda part: len(part[0])):
         if index == ():
-            W = update.apply_to(W)
+            W = update.apply_to(W, dtype if len(parts) == 1 else None)
         else:
             result = W.to(dtype, copy=True) if result is None else result
-            result[index] = update.apply_to(W[index])
+            result[index] = update.apply_to(W[index], dtype)
     return W.to(dtype) if result is None else result
 
 

@@ -41,7 +41,8 @@ def shared_subspaces(
     """HOOI for Tucker-2 of `X_t = B_t A_t`.
 
     `P = top_k([X_1 Q|..|X_n Q])` and `Q = top_k([X_1^T P|..|X_n^T P])` in turn, from the truncated HOSVD,
-    until the relative error changes by less than `tolerance`.  The largest entry of every column is positive.
+    until the relative error changes by less than `tolerance`.  On a large side a step towards `top_k` takes
+    its place.  The largest entry of every column is positive.
 
     Args:
         B: (n, p, r)
@@ -53,15 +54,19 @@ def shared_subspaces(
     given = B.dtype
     if max(B.shape[1], A.shape[2]) > _SMALL:  # the steps are many, and float32 tells these subspaces apart
         B, A = B.float(), A.float()
+        tolerance /= 2  # one step gains less than all of them
     N = A.mT  # (n, q, r)
     total = ((B.mT @ B) * (N.mT @ N)).double().sum().clamp(min=torch.finfo(B.dtype).tiny)
     P = _top(_beside(B @ torch.linalg.qr(N).R.mT), rank)
     Q = _top(_beside(N @ torch.linalg.qr(B).R.mT), rank)
+    S, T = B.mT @ P, N.mT @ Q  # (n, r, k)
     before = float("inf")
     for step in range(iterations):
-        P = _improved(P, _beside(B @ (N.mT @ Q)))
-        Q = _improved(Q, _beside(N @ (B.mT @ P)))
-        kept = ((P.mT @ B) @ (N.mT @ Q)).double().square().sum()
+        P = _improved(P, B, S, T)
+        S = B.mT @ P
+        Q = _improved(Q, N, T, S)
+        T = N.mT @ Q
+        kept = (S.mT @ T).double().square().sum()
         error = ((total - kept).abs() / total).sqrt().item()
         if step >= 2 and abs(before - error) < tolerance:
             break
@@ -79,16 +84,24 @@ def _top(Y: Tensor, k: int) -> Tensor:
     return leading_left(Y, min(k, len(Y)))[0]
 
 
-def _improved(P: Tensor, Y: Tensor) -> Tensor:
-    """`top_k(Y)`, or if that is much work, its best approximation within the span of `[P | Y Y^T P]`.
+def _improved(P: Tensor, B: Tensor, S: Tensor, T: Tensor) -> Tensor:
+    """`top_k(Y)` of `Y = [B_1 T_1|..|B_n T_n]`, or where that is much work, one step towards it.
 
-    Y changes little from step to step, so that is close to `top_k(Y)` soon, for a fraction of the work.
+    The step is that of a power iteration, `P <- orth((Y Y^T - s) P)`, and Y changes little from one to the
+    next.  With s half of the smallest eigenvalue of `P^T Y Y^T P`, none of the directions that are left out
+    gains on those that are kept, and those close to them lose twice as fast.
+
+    Args:
+        P: (p, k)
+        B: (n, p, r)
+        S: `B_t^T P`  # (n, r, k)
+        T: (n, r, k)
     """
-    p, k = P.shape
-    if p <= max(_SMALL, 2 * k):
-        return _top(Y, k)
-    S = torch.linalg.qr(torch.cat([P, Y @ (Y.mT @ P)], dim=1)).Q  # (p, 2k)
-    improved: Tensor = S @ _top(S.mT @ Y, k)
+    if len(P) <= _SMALL:
+        return _top(_beside(B @ T), P.shape[1])
+    Z = (B @ (T @ (T.mT @ S))).sum(0)  # Y Y^T P
+    s = 0.5 * torch.linalg.eigvalsh(P.mT @ Z)[0].clamp(min=0)
+    improved: Tensor = torch.linalg.qr(Z - s * P).Q
     return improved
 
 
