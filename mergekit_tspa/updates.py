@@ -85,8 +85,9 @@ class LowRank(LoraFactors):
         rows = W.flatten(1)  # (d_out, d_in)
         result = torch.empty_like(rows, dtype=dtype or self.B.dtype)
         count = len(rows) if rows.is_cuda else max(1, _CACHED // max(1, rows.shape[1]))
-        for W_i, B_i, result_i in zip(rows.split(count), self.B.split(count), result.split(count)):
-            result_i.copy_(torch.addmm(W_i.to(self.B.dtype), B_i, self.A))
+        for start in range(0, len(rows), count):
+            some = slice(start, start + count)
+            result[some] = torch.addmm(rows[some].to(self.B.dtype), self.B[some], self.A)
         return result.view_as(W)
 
 
