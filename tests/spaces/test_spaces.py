@@ -130,7 +130,9 @@ def test_subspaces_of_large_cores_hold_as_much_as_those_of_full_eigenvectors(ran
     P, Q = shared_subspaces(B, A, rank)
     torch.testing.assert_close(P.mT @ P, torch.eye(rank).double())
     monkeypatch.setattr("mergekit_tspa.spaces.ctm._SMALL", 1000)
-    assert held(P, Q) > 0.99 * held(*shared_subspaces(B, A, rank))
+    # Where values differ, both stop at optima that are only local.
+    least = 0.995 if values == "equal" else 0.99
+    assert held(P, Q) > least * held(*shared_subspaces(B, A, rank))
 
 
 def test_subspaces_of_nothing_are_orthonormal():
