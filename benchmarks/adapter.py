@@ -78,12 +78,12 @@ def error(method: str, adapters: list[Path], parameters: dict) -> float:
     plan = plan_adapters(row, row.bind(parameters), opened, [a.tensors for a in opened], [1.0] * len(opened))
     plan = plan.only(lambda name: ".layers.0." in name and ".experts." not in name)
     merged = merge_plan(plan)[0]
-    exact, kept = {}, linalg._WELL_CONDITIONED
+    exact, kept = {}, (linalg._WELL_CONDITIONED, linalg._NEARLY_ORTHOGONAL)
     try:
-        linalg._WELL_CONDITIONED = 0  # always a QR
+        linalg._WELL_CONDITIONED = linalg._NEARLY_ORTHOGONAL = 0  # always a QR
         exact = merge_plan(plan)[0]
     finally:
-        linalg._WELL_CONDITIONED = kept
+        linalg._WELL_CONDITIONED, linalg._NEARLY_ORTHOGONAL = kept
     return max(distance(merged[name], exact[name]) for name in exact)
 
 

@@ -1,9 +1,10 @@
 """What a merge costs beside mergekit's own copy of the base (`passthrough`), as whole commands, in turns.
 
-    python benchmarks/near_copy.py [--base MODEL --adapters DIR ...] [--runs 3]
+    python benchmarks/near_copy.py [--base MODEL --adapters DIR ...] [--async-write] [--runs 3]
 
 With --base and --adapters that model and those adapters; otherwise four layers of Llama-3-8B's shapes and four adapters
-of rank 64 on all linear layers.  Medians; the first turn is a warm-up.
+of rank 64 on all linear layers.  Medians; the first turn is a warm-up.  With --async-write, mergekit's own option, one
+shard is written while the next is made, by the copy as by the merges.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, nargs="*")
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--async-write", action="store_true")
     args = parser.parse_args()
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
@@ -39,21 +41,24 @@ def main() -> None:
         recipes = {"passthrough": {"merge_method": "passthrough", "models": [{"model": str(base)}]}}
         models = [{"model": f"{base}+{adapter}"} for adapter in adapters]
         recipes |= {method: {"merge_method": method, "models": models} for method in args.methods}
-        seconds = compare(folder, recipes, args.runs)
+        seconds = compare(folder, recipes, args.runs, ["--async-write"] if args.async_write else [])
     print("| method | seconds | times the copy |\n|---|---|---|")
     for method, taken in seconds.items():
         print(f"| {method} | {taken:.1f} | {taken / seconds['passthrough']:.2f} |")
 
 
-def compare(folder: Path, recipes: dict[str, dict], runs: int) -> dict[str, float]:
-    script = str(Path(sys.executable).parent / "mergekit-yaml")
+def compare(folder: Path, recipes: dict[str, dict], runs: int, options: list[str]) -> dict[str, float]:
+    command = [
+        str(Path(sys.executable).parent / "mergekit-yaml"),
+        str(folder / "recipe.yml"),
+        str(folder / "out"),
+    ]
+    command += ["--quiet", "--out-shard-size", "250M", *options]
     seen: dict[str, list[float]] = {method: [] for method in recipes}
     for turn in range(runs + 1):
         for method, recipe in recipes.items():
             (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
-            seconds, _ = measure(
-                script, str(folder / "recipe.yml"), str(folder / "out"), "--quiet", "--out-shard-size", "250M"
-            )
+            seconds, _ = measure(*command)
             if turn:
                 seen[method].append(seconds)
     return {method: statistics.median(taken) for method, taken in seen.items()}

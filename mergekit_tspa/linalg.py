@@ -11,12 +11,15 @@ from torch import Tensor
 # The squared size of the inverse Cholesky factor up to which a Gram matrix in float64 is as good as a QR: its
 # basis is orthonormal to about 1e-9 then.
 _WELL_CONDITIONED = 1e7
+# The same for each column, up to which a Gram matrix of products in float32 suffices: to about 1e-6 then.
+_NEARLY_ORTHOGONAL = 4.0
+_SUMMED = 2048  # products in float32 that are added up before their sum goes to float64
 
 
 class Span(NamedTuple):
     """Orthonormal columns `Q = X T`, which are not formed: what is wanted of them are products."""
 
-    X: Tensor  # (d, m), float64
+    X: Tensor  # (d, m), float64; float32 where `single` asked for it
     T: Tensor | None = None  # (m, q); None: X itself is orthonormal
 
     @property
@@ -25,7 +28,7 @@ class Span(NamedTuple):
 
     def __matmul__(self, M: Tensor) -> Tensor:
         """`Q M`.  # (q, k) -> (d, k)"""
-        return self.X @ M if self.T is None else self.X @ (self.T @ M)
+        return self.X @ (M if self.T is None else self.T @ M).to(self.X)
 
     def turned(self, P: Tensor) -> "Span":
         """`Q P`, for P of orthonormal columns.  # (q, k)"""
@@ -34,14 +37,14 @@ class Span(NamedTuple):
     def project(self, Y: Tensor) -> Tensor:
         """`Q^T Y`.  # (d, k) -> (q, k)"""
         product = self.X.mT @ Y.to(self.X)
-        return product if self.T is None else self.T.mT @ product
+        return product if self.T is None else self.T.mT @ product.to(self.T)
 
     def dense(self) -> Tensor:
         """Q itself.  # (d, q)"""
-        return self.X if self.T is None else self.X @ self.T
+        return self.X if self.T is None else self.X @ self.T.to(self.X)
 
 
-def span(X: Tensor) -> tuple[Span, Tensor]:
+def span(X: Tensor, single: bool = False) -> tuple[Span, Tensor]:
     """`X = Q R` with orthonormal columns `Q (d, q)`, `q = min(d, m)`, and `R (q, m)`; in float64.
 
     With `X = N D`, D the lengths of the columns, and `N^T N = L L^T`, it is `R = L^T D` and `Q = X R^-1`.
@@ -52,21 +55,34 @@ def span(X: Tensor) -> tuple[Span, Tensor]:
 
     Args:
         X: (d, m)
+        single: products of the long side in float32 suffice, about 1e-6 of what comes out; they are left to
+            float64 where columns are far from orthogonal
     """
     d, m = X.shape
-    X = X.double()
     if m >= d:
-        return Span(torch.eye(d, dtype=X.dtype, device=X.device)), X
-    G = gram(X)
-    lengths = G.diagonal().sqrt()  # (m,)
-    L, failed = torch.linalg.cholesky_ex(G / lengths / lengths[:, None])
-    if not failed and torch.isfinite(L).all():
-        one = torch.eye(m, dtype=X.dtype, device=X.device)
-        inverse = torch.linalg.solve_triangular(L, one, upper=False)
-        if inverse.square().sum() <= _WELL_CONDITIONED:
-            return Span(X, inverse.mT / lengths[:, None]), L.mT * lengths
+        return Span(torch.eye(d, dtype=torch.float64, device=X.device)), X.double()
+    if single and X.dtype == torch.float32:
+        G = sum((gram(rows).double() for rows in X.split(_SUMMED)), X.new_zeros(m, m).double())
+        # Below this, squares of float32 lose digits.
+        if G.diagonal().min() > 1e-24 and (found := _cholesky_qr(X, G, _NEARLY_ORTHOGONAL * m)):
+            return found
+    X = X.double()
+    if found := _cholesky_qr(X, gram(X), _WELL_CONDITIONED):
+        return found
     Q, R = torch.linalg.qr(X)
     return Span(Q), R
+
+
+def _cholesky_qr(X: Tensor, G: Tensor, bound: float) -> tuple[Span, Tensor] | None:
+    """Q and R of X by its Gram matrix G, unless the squared size of the inverse of L is above the bound."""
+    lengths = G.diagonal().sqrt()  # (m,)
+    L, failed = torch.linalg.cholesky_ex(G / lengths / lengths[:, None])
+    if failed or not torch.isfinite(L).all():
+        return None
+    inverse = torch.linalg.solve_triangular(L, torch.eye(len(L)).to(L), upper=False)
+    if not inverse.square().sum() <= bound:
+        return None
+    return Span(X, inverse.mT / lengths[:, None]), L.mT * lengths
 
 
 def gram(X: Tensor, width: int = 128) -> Tensor:

@@ -65,8 +65,8 @@ class LowRank(LoraFactors):
         return LowRank((U * root).to(self.B.dtype), (root[:, None] * Vh).to(self.A.dtype))
 
     def spanned(self) -> "Spanned":
-        """The same update between orthonormal bases of its two sides."""
-        (U, R_B), (V, R_A) = span(self.B), span(self.A.mT)
+        """The same update between orthonormal bases of its two sides, to about 1e-6, to be cut."""
+        (U, R_B), (V, R_A) = span(self.B, single=True), span(self.A.mT, single=True)
         return Spanned(U, R_B @ R_A.mT, V)
 
     def truncated(self, rank: int) -> "LowRank":

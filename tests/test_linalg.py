@@ -47,6 +47,32 @@ def test_only_dependent_columns_need_a_qr(monkeypatch):
         ), name
 
 
+@pytest.mark.parametrize("X", [pytest.param(X, id=name) for name, X in matrices()])
+def test_a_span_of_products_in_float32(X):
+    Q, R = span(X, single=True)
+    q = min(X.shape)
+    torch.testing.assert_close(
+        Q.dense().double().mT @ Q.dense().double(), torch.eye(q).double(), atol=3e-6, rtol=0
+    )
+    assert ((Q @ R - X.double()).norm(dim=0) <= 3e-6 * X.double().norm(dim=0)).all()
+    Y = draw(len(X), 5, seed=2)
+    torch.testing.assert_close(Q.project(Y), Q.dense().double().mT @ Y.double(), atol=1e-4, rtol=1e-4)
+
+
+def test_products_are_in_float32_only_where_that_suffices():
+    single = {name for name, X in matrices() if span(X, single=True)[0].X.dtype == torch.float32}
+    assert single == {"well conditioned", "columns of other sizes"}
+    tiny = next(X for _, X in matrices()) * 1e-20
+    assert span(tiny, single=True)[0].X.dtype == torch.float64
+    assert all(span(X)[0].X.dtype == torch.float64 for _, X in matrices())
+
+
+def test_a_cut_of_products_in_float32_is_that_of_float64():
+    update = LowRank(draw(5000, 24), draw(24, 3000, seed=1))
+    cut, exact = update.truncated(6).dense().double(), LowRank(*update.to(torch.float64)).truncated(6).dense()
+    assert (cut - exact).norm() <= 3e-6 * exact.norm()
+
+
 @pytest.mark.parametrize("shape", [(30, 7), (7, 300), (5, 128), (5, 129)])
 def test_gram(shape):
     X = draw(*shape).double()

@@ -196,4 +196,4 @@ class OneByOne:
             weighted = [f.scaled(a) for f, a in zip(w.factors, w.weights)]
             update = at_mean_norm(update, weighted) if before else update
             update = svc(update, weighted) if after else update
-        return update.scaled(p.lambda_)
+        return update if p.lambda_ == 1 else update.scaled(p.lambda_)
