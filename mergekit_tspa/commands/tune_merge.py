@@ -44,7 +44,7 @@ from mergekit_tspa.progress import Bar
 @click.option(
     "--rank",
     type=click.IntRange(1),
-    help="The result must be one adapter of this rank.  By default it may have any, or be a model.",
+    help="The result must be one adapter of at most this rank.  By default it may have any, or be a model.",
 )
 @judging_texts
 @click.option(

@@ -10,6 +10,7 @@ import yaml
 from mergekit_tspa.calibration.readings import TextSource
 from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.plan import MergePlan
+from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.inputs import PER_MODEL, Progress
 from mergekit_tspa.plugin.compat import MergeOptions, ModelReference
 from mergekit_tspa.plugin.merge_method import ADAPTER_PARAMETERS, TEXTS
@@ -25,7 +26,7 @@ from mergekit_tspa.tuning.search_space import tidy
 from mergekit_tspa.tuning.searches import Bench, Search, check_problem, search
 from mergekit_tspa.tuning.study import check_storage
 from mergekit_tspa.tuning.tuner import Tuned
-from mergekit_tspa.tuning.workbench import Spec
+from mergekit_tspa.tuning.workbench import Spec, with_rank
 
 
 class Tuning(NamedTuple):
@@ -127,9 +128,8 @@ def written_recipe(document: Mapping[str, Any], recipe: PlannedRecipe, best: Spe
     kept = {
         key: value for key, value in document.items() if key not in ("merge_method", "models", "parameters")
     }
-    parameters = dict(tidy(best.parameters))
-    if problem.rank is not None:
-        parameters["rank"] = problem.rank
+    method = METHODS[best.method]
+    parameters = dict(with_rank(recipe.merge, method, dict(tidy(best.parameters)), problem.rank))
     # Of the adapters and the output, not of the method.
     for name in (*ADAPTER_PARAMETERS, *PER_MODEL, *(spec.name for spec in TEXTS)):
         if name in (document.get("parameters") or {}):

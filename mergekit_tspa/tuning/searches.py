@@ -238,7 +238,7 @@ def tune(
         general: texts that no adapter was trained on
         goal: `mean` over the adapters of the share of its gain that is retained, or that of the `worst`
         general_loss_at_most: on the general texts, of merges that count
-        rank: of the result, which is then one adapter
+        rank: that the result has at most, which is then one adapter
         minutes: for the search; loading the base and writing answers to prompts come on top
         storage: a file with the trials; a search that has one goes on where it was
         seed: of what is drawn

@@ -14,6 +14,7 @@ from mergekit_tspa.errors import InputError
 from mergekit_tspa.merging.plan import MergePlan, Variation
 from mergekit_tspa.methods import METHODS
 from mergekit_tspa.methods.inputs import Progress
+from mergekit_tspa.methods.method import Method
 from mergekit_tspa.methods.texts import TextParameters
 from mergekit_tspa.scoring.candidates import check_unmoved, merged_parts, rank_of
 from mergekit_tspa.scoring.judge import GENERAL, Judge
@@ -129,10 +130,7 @@ class Workbench:
         """The merge as a plan."""
         method, again = METHODS[spec.method], self.merge.again
         assert again is not None
-        values = dict(spec.parameters)
-        if self.rank is not None:
-            values["rank"] = self.rank
-        parameters = method.bind(values)
+        parameters = method.bind(with_rank(self.merge, method, spec.parameters, self.rank))
         weights = {adapter: spec.weights.get(adapter.name, 1.0) for adapter in self.merge.adapters}
         guide = self.merge.guide
         if method.guided:
@@ -147,3 +145,18 @@ class Workbench:
     def tasks(self) -> list[str]:
         """Names of the adapters, and of the texts that belong to none."""
         return [*self.judge.texts, *([GENERAL] if self.judge.general else [])]
+
+
+def with_rank(
+    merge: MergePlan, method: Method, parameters: Mapping[str, Any], rank: int | None
+) -> Mapping[str, Any]:
+    """The parameters of a merge whose result has at most this rank.
+
+    A merge whose updates carry less anyway gets no `rank`, which would be refused.
+    """
+    if rank is None:
+        return parameters
+    cut = {**parameters, "rank": rank}
+    bound = method.bind(cut)
+    carried = [method.carried(tensor.planned._replace(parameters=bound)) for tensor in merge.tensors]
+    return cut if max(carried, default=0) >= rank else parameters

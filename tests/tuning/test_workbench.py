@@ -1,5 +1,6 @@
 """A trial where it is run: what a slow merge may take, and what it may not."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,9 +11,10 @@ from mergekit_tspa.calibration import readings
 from mergekit_tspa.calibration.moments import input_statistics
 from mergekit_tspa.calibration.readings import Readings, TextSource
 from mergekit_tspa.calibration.score import single_answers
+from mergekit_tspa.methods import METHODS
 from mergekit_tspa.scoring.scores import judge_of
 from mergekit_tspa.tuning.searches import Bench, _sum_of
-from mergekit_tspa.tuning.workbench import Job, Spec
+from mergekit_tspa.tuning.workbench import Job, Spec, with_rank
 from tests.calibration.conftest import tiny_tokenizer
 from tests.conftest import load_model
 
@@ -44,6 +46,23 @@ def test_a_slow_merge_is_given_up_and_reading_texts_is_not(bench):
     for method in ("regmean", "regmean_plus"):
         assert bench.run(Job(Spec(method), numbers, 0.0)).rank == 3
     assert bench.run(Job(Spec("distill", {"steps": 2, "start": "regmean_plus"}), numbers)).rank == 3
+
+
+def test_a_rank_that_a_method_stays_below_anyway_is_no_parameter_of_it(bench):
+    """`--rank 4` with adapters of rank 3: what keeps their rank takes part, the others are cut."""
+    numbers = {task: [0] for task in bench.judge.texts}
+    larger = replace(bench, rank=4)
+    for spec, rank in (
+        (Spec("tspa_lora", {"lora_steps": 3}), 3),
+        (Spec("regmean"), 4),
+        (Spec("core_tsv"), 4),
+        (Spec("ctm_tsv"), 4),
+    ):
+        assert larger.run(Job(spec, numbers)).rank == rank, spec
+        given = with_rank(larger.merge, METHODS[spec.method], spec.parameters, 4)
+        assert given.get("rank") == (4 if rank == 4 else None)
+    assert with_rank(larger.merge, METHODS["tspa_lora"], {}, 3) == {"rank": 3}
+    assert with_rank(larger.merge, METHODS["core_tsv"], {}, None) == {}
 
 
 def test_distillation_hears_single_adapters_once(bench, monkeypatch):
