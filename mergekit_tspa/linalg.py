@@ -62,7 +62,7 @@ def span(X: Tensor, single: bool = False) -> tuple[Span, Tensor]:
     if m >= d:
         return Span(torch.eye(d, dtype=torch.float64, device=X.device)), X.double()
     if single and X.dtype == torch.float32:
-        G = sum((gram(rows).double() for rows in X.split(_SUMMED)), X.new_zeros(m, m).double())
+        G = gram(X, rows=_SUMMED)
         # Below this, squares of float32 lose digits.
         if G.diagonal().min() > 1e-24 and (found := _cholesky_qr(X, G, _NEARLY_ORTHOGONAL * m)):
             return found
@@ -85,13 +85,18 @@ def _cholesky_qr(X: Tensor, G: Tensor, bound: float) -> tuple[Span, Tensor] | No
     return Span(X, inverse.mT / lengths[:, None]), L.mT * lengths
 
 
-def gram(X: Tensor, width: int = 128) -> Tensor:
-    """`X^T X`, of which only one half is computed, by blocks of columns.  # (d, m) -> (m, m)"""
+def gram(X: Tensor, width: int = 128, rows: int | None = None) -> Tensor:
+    """`X^T X`, of which only one half is computed, by blocks of columns.  # (d, m) -> (m, m)
+
+    Args:
+        rows: how many of them to add up at a time in the precision of X; their sums are in float64 then
+    """
     m = X.shape[1]
-    G = X.new_zeros(m, m)
-    for i in range(0, m, width):
-        block = slice(i, i + width)
-        G[block, i:] = X[:, block].mT @ X[:, i:]
+    G = X.new_zeros(m, m, dtype=torch.float64 if rows else X.dtype)
+    for some in X.split(rows or max(1, len(X))):
+        for i in range(0, m, width):
+            block = slice(i, i + width)
+            G[block, i:] += some[:, block].mT @ some[:, i:]
     return G.triu() + G.triu(1).mT
 
 
