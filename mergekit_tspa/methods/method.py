@@ -100,7 +100,7 @@ class Method:
     @property
     def tensor_by_tensor(self) -> bool:
         """Whether it merges every tensor by itself, so that several can be merged at the same time."""
-        return isinstance(self.merge, OneByOne)
+        return isinstance(self.merge, OneByOne) or self.guided is not None
 
     def carried(self, planned: Planned) -> int:
         """The rank that a tensor's merged update can have before `rank` cuts it."""

@@ -1,6 +1,8 @@
 """RegMean and RegMean++: answer each adapter's own inputs as that adapter does."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -9,13 +11,14 @@ from torch import Tensor
 from mergekit_tspa.calibration.moments import DENSE_UP_TO, RANK, DenseInputs, InputStatistics, merge_in_order
 from mergekit_tspa.calibration.readings import Readings
 from mergekit_tspa.calibration.score import search_lambda
-from mergekit_tspa.methods.inputs import TensorInputs
-from mergekit_tspa.methods.method import RANK_PARAMETER, Method, Passes
+from mergekit_tspa.methods.inputs import Pair, Progress, Survey, TensorInputs
+from mergekit_tspa.methods.method import RANK_PARAMETER, Merged, Method, Passes
 from mergekit_tspa.methods.texts import (
     SEARCHED_TEXTS,
     TextParameters,
     as_survey,
     at_its_length,
+    length_of,
     rank_of,
     statistics_of,
     take_solved,
@@ -23,8 +26,11 @@ from mergekit_tspa.methods.texts import (
 )
 from mergekit_tspa.rules.regmean import regmean, regmean_low_rank
 from mergekit_tspa.threads import in_threads
-from mergekit_tspa.updates import LoraFactors
+from mergekit_tspa.updates import Dense, LoraFactors, LowRank, Spanned
 
+LOG = logging.getLogger(__name__)
+
+UNSOLVED = "\0"  # where the survey has what solving takes; no tensor has this name
 BELOW = 1.25  # what the merged update of a layer is multiplied with before the layers above see its answers
 
 
@@ -67,11 +73,11 @@ def solve_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping
     """Every tensor by `regmean_tensor`, on the inputs that the single adapters have."""
     p = text_parameters(inputs)
     assert isinstance(p, RegmeanParameters)
-    _ = readings.statistics  # from the texts, before the threads of the model are shared out
+    statistics = readings.statistics  # from the texts, before the threads of the model are shared out
 
     def solve(at: int) -> tuple[str, LoraFactors]:
         w = inputs[at]  # its factors are read now, and let go again
-        return w.name, _solved(w, statistics_of(w, readings), p)
+        return w.name, _solved(w, statistics_of(w, statistics), p)
 
     def done(count: int) -> None:
         readings.progress("merging", count / len(inputs), None)
@@ -89,9 +95,38 @@ def moments_of(d_out: int, d_in: int) -> int:
     return d_in * (d_in if d_in <= DENSE_UP_TO else 2 * RANK)
 
 
-def merge_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Mapping[str, Mapping[str, Tensor]]:
-    updates = solve_regmean(inputs, readings)
-    return as_survey(at_its_length(updates, text_parameters(inputs), readings, "regmean"))
+@dataclass(frozen=True, eq=False)
+class Unsolved:
+    """What solving a tensor takes besides its factors, where all statistics lie in files."""
+
+    statistics: Mapping[str, Mapping[str, InputStatistics]]  # by adapter and tensor of the base
+    own_name: Callable[[str], str]  # of a tensor of the output in the base
+    length: float  # lambda
+
+    def solve(self, w: TensorInputs) -> LoraFactors:
+        inputs = statistics_of(w._replace(name=self.own_name(w.name)), self.statistics)
+        return _solved(w, inputs, w.parameters).scaled(self.length)
+
+
+def study_regmean(inputs: Sequence[TensorInputs], readings: Readings) -> Survey:
+    """The merged updates; or the statistics alone, where no search needs all updates and no texts fill the
+    memory, so that a tensor is solved when it is its turn.
+    """
+    p = text_parameters(inputs)
+    if all(source.examples is None for source in readings.sources.values()):
+        length = length_of({}, p, readings)
+        LOG.info("regmean: lambda %.3g", length)
+        return {UNSOLVED: Unsolved(readings.statistics, readings.base.own_name, length)}
+    return as_survey(at_its_length(solve_regmean(inputs, readings), p, readings, "regmean"))
+
+
+def merge_regmean(inputs: Sequence[TensorInputs], pairs: Sequence[Pair], progress: Progress) -> Merged:
+    """`Method.merge`: what is solved is taken, and what is not is solved now."""
+    updates: list[LowRank | Spanned | Dense] = []
+    for w in inputs:
+        unsolved = (w.survey or {}).get(UNSOLVED)
+        updates += [LowRank(*unsolved.solve(w))] if unsolved else take_solved([w], pairs, progress).updates
+    return Merged(updates, [])
 
 
 def merge_regmean_plus(
@@ -136,8 +171,8 @@ regmean_method = Method(
     paper="Jin et al., 2023",
     url="https://arxiv.org/abs/2212.09849",
     result=RANK_PARAMETER,
-    merge=take_solved,
-    guided=merge_regmean,
+    merge=merge_regmean,
+    guided=study_regmean,
     passes=lambda p: Passes("one pass over all texts", p.batch_tokens, statistics=moments_of),
     parameters=RegmeanParameters,
     weight="share of a mean",

@@ -58,13 +58,15 @@ def text_parameters(inputs: Sequence[TensorInputs]) -> TextParameters:
     return parameters
 
 
-def statistics_of(w: TensorInputs, readings: Readings) -> list[InputStatistics]:
+def statistics_of(
+    w: TensorInputs, statistics: Mapping[str, Mapping[str, InputStatistics]]
+) -> list[InputStatistics]:
     """The statistics of one tensor's inputs, by adapter.
 
     Where no token of an adapter's texts reaches a tensor, an expert for instance, its inputs count as having
     no preferred direction, and as much as those of the others.
     """
-    found = [readings.statistics[adapter.name].get(w.name) for adapter in w.adapters]
+    found = [statistics[adapter.name].get(w.name) for adapter in w.adapters]
     known = [one for one in found if one is not None and one.tokens]
     d = w.factors[0].shape[0 if w.transposed else 1]
     size = sum(float(one.trace()) for one in known) / len(known) / d if known else 1.0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergekit_tspa.linalg import gram, leading_left, span
+from mergekit_tspa.linalg import gram, span
 from mergekit_tspa.rules.grams import descending
 
 
@@ -54,11 +54,11 @@ def regmean(
         `Q (d_out, k)`, whose columns are orthonormal, and `X (k, d_in)` with `M* = Q X`, in float64.  `k` is
         `min(d_out, sum_t r_t)`, or `rank` if that is less.
     """
-    rows = []
+    rows, parts = _parts(A)
     S = torch.zeros_like(C[0], dtype=torch.float64)
-    for a, A_t, C_t in zip(weights.double(), A, C):
+    for a, A_t, C_t, part in zip(weights.double(), A, C, parts):
         moment = _conditioned(C_t.double(), ridge, off_diagonal)
-        rows.append(a * (A_t.double() @ moment))
+        torch.mul(A_t.double() @ moment, a, out=part)
         S += a.abs() * moment
     return _answer(B, rows, DenseMetric(S, _precision(C[0], ridge)), rank)
 
@@ -91,17 +91,18 @@ def regmean_low_rank(
     Returns:
         as `regmean`
     """
-    rows, columns = [], []
+    rows, parts = _parts(A)
+    V_T, columns = _parts([U_t.mT for U_t in U])
     E = torch.zeros_like(rest[0], dtype=torch.float64)
-    for a, A_t, U_t, l_t, rest_t in zip(weights.double(), A, U, values, rest):
+    for a, A_t, U_t, l_t, rest_t, part, column in zip(weights.double(), A, U, values, rest, parts, columns):
         A_t, U_t = A_t.double(), U_t.double()
         whole = U_t.square() @ l_t.double() + rest_t.double()  # the diagonal, which `off_diagonal` leaves
         l_t = off_diagonal * l_t.double()
         rest_t = whole - U_t.square() @ l_t + ridge * whole.mean()
-        rows.append(a * ((A_t @ U_t * l_t) @ U_t.mT + A_t * rest_t))
-        columns.append(U_t * (a.abs() * l_t).sqrt())
+        torch.addmm(A_t * rest_t, A_t @ U_t * l_t, U_t.mT, out=part).mul_(a)
+        torch.mul(U_t, (a.abs() * l_t).sqrt(), out=column.mT)
         E += a.abs() * rest_t
-    return _answer(B, rows, LowRankMetric(torch.cat(columns, dim=1), E), rank)
+    return _answer(B, rows, LowRankMetric(V_T.mT, E), rank)
 
 
 def regmean_in_rows(
@@ -219,13 +220,13 @@ class LowRankMetric:
     """
 
     def __init__(self, V: Tensor, E: Tensor):
-        """V is (d, k) and E (d,), none negative."""
+        """V is (d, k), which is overwritten, and E (d,), none negative."""
         diagonal = V.square().sum(1) + E
         mean = diagonal.mean() + torch.finfo(E.dtype).tiny
         rounding = torch.finfo(E.dtype).eps * mean
         unseen = diagonal == 0  # which may have any scale, and keep a harmless one
         self._scale = torch.where(unseen, mean, torch.maximum(E, rounding)).sqrt()
-        self._N = V / self._scale[:, None]
+        self._N = V.div_(self._scale[:, None])
         squares, R = torch.linalg.eigh(gram(self._N))
         f = (1 + squares.clamp(min=0)).sqrt()
         self._root = R / (f + 1) @ R.mT  # (k, k)
@@ -245,7 +246,7 @@ class LowRankMetric:
 
     def _stretch(self, X: Tensor, G: Tensor) -> Tensor:
         """`X (I + N G N^T)`"""
-        return X + (X @ self._N @ G) @ self._N.mT
+        return torch.addmm(X, X @ self._N @ G, self._N.mT)
 
 
 def _conditioned(C: Tensor, ridge: float, off_diagonal: float) -> Tensor:
@@ -260,13 +261,20 @@ def _precision(statistics: Tensor, ridge: float) -> float:
     return torch.finfo(torch.float64 if ridge else statistics.dtype).eps
 
 
+def _parts(A: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Room for matrices of the shapes of `A_t`, one below the other, and the part of each in it."""
+    ranks = [len(A_t) for A_t in A]
+    whole = torch.empty(sum(ranks), A[0].shape[1], dtype=torch.float64, device=A[0].device)
+    return whole, whole.split(ranks)
+
+
 def _answer(
-    B: Sequence[Tensor], rows: Sequence[Tensor], metric: DenseMetric | LowRankMetric, rank: int | None
+    B: Sequence[Tensor], rows: Tensor, metric: DenseMetric | LowRankMetric, rank: int | None
 ) -> tuple[Tensor, Tensor]:
-    """`sum_t B_t rows_t S^-1` in the basis of the `B_t`, or the best of that rank."""
+    """`[B_1|..|B_n] rows S^-1` in the basis of the `B_t`, or the best of that rank."""
     Q, R = span(torch.cat(list(B), dim=1))
-    answers = metric.whiten(R @ torch.cat(list(rows)))  # X L
+    W = metric.whiten(rows)  # (sum_t r_t, d'); the answers are M* L = Q R W
     if rank is None:
-        return Q.dense(), metric.uncolor(answers)
-    P, _ = leading_left(answers, min(rank, *answers.shape))
-    return Q @ P, metric.uncolor(P.mT @ answers)
+        return Q.dense(), metric.uncolor(R @ W)
+    P = descending(R @ gram(W.mT) @ R.mT)[1][:, : min(rank, W.shape[1])]
+    return Q @ P, metric.uncolor(P.mT @ R @ W)

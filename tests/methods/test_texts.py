@@ -2,6 +2,7 @@
 
 import shutil
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -216,7 +217,8 @@ def test_fisher_finds_its_length(speaking):
         assert relative_error(found[module].dense(), scale * plain[module].dense()) < 1e-4
 
 
-def test_statistics_in_files_take_the_place_of_texts(speaking, tmp_path):
+def stored_statistics(speaking, folder):
+    """A file of statistics for each adapter."""
     from mergekit_tspa.calibration.moments import input_statistics
 
     base, adapters, texts = speaking
@@ -226,9 +228,15 @@ def test_statistics_in_files_take_the_place_of_texts(speaking, tmp_path):
     )
     files = []
     for path in adapters:
-        files.append(calibration_file(tmp_path, path.name))
+        files.append(calibration_file(folder, path.name))
         of = (hash_base(Checkpoint(base)), hash_adapter(read_adapter(path)))
         save_statistics(files[-1], statistics[path.name], *of, k=64)
+    return files
+
+
+def test_statistics_in_files_take_the_place_of_texts(speaking, tmp_path):
+    base, adapters, texts = speaking
+    files = stored_statistics(speaking, tmp_path)
     by_files = merge_adapters("regmean", adapters, base=base, calibration=files, lambda_=1.0, ridge=1.0)
     by_texts = merged("regmean", speaking, lambda_=1.0, ridge=1.0)
     for module in by_texts:
@@ -246,12 +254,15 @@ def test_statistics_in_files_take_the_place_of_texts(speaking, tmp_path):
         merge_adapters("regmean_plus", adapters, base=base, calibration=files)
 
 
-def test_regmean_holds_the_factors_of_few_tensors_at_a_time(speaking, monkeypatch):
+@pytest.mark.parametrize("given", ["examples", "calibration"])
+def test_regmean_holds_the_factors_of_few_tensors_at_a_time(speaking, tmp_path, monkeypatch, given):
     base, adapters, texts = speaking
-    loaded, alive = [], []
+    files = texts if given == "examples" else stored_statistics(speaking, tmp_path)
+    loaded, alive, names = [], [], []
 
     def watched(*args, **options):
         w = load_tensor(*args, **options)
+        names.append(w.name)
         loaded.extend(weakref.ref(f.B) for f in w.factors)
         return w
 
@@ -261,10 +272,12 @@ def test_regmean_holds_the_factors_of_few_tensors_at_a_time(speaking, monkeypatc
 
     monkeypatch.setattr("mergekit_tspa.merging.merge.load_tensor", watched)
     monkeypatch.setattr("mergekit_tspa.methods.text_regmean._solved", counted)
-    found = merge_adapters("regmean", adapters, base=base, examples=texts, lambda_=1.0)
+    found = merge_adapters("regmean", adapters, base=base, lambda_=1.0, **{given: files})
     assert len(alive) == len(found) >= 4
     # Of one tensor for each thread.
     assert max(alive) <= len(adapters) * min(torch.get_num_threads(), len(found) - 1)
+    # To see what is zero, to solve it and, unless it is solved when it is its turn, to take it.
+    assert min(Counter(names).values()) == (3 if given == "examples" else 2)
 
 
 def test_adapters_write_their_own_answers_and_texts(speaking):
