@@ -4,7 +4,7 @@
 
 Seconds of the processor (all threads), the median of three merges.  Merged updates are cut to the adapters' rank.  The
 exponent is the slope of log seconds over log size, fitted to the upper half of the sizes, where the fixed costs of a call
-no longer count.  With n adapters of rank r, R = n r is at most the tensor's sides here.
+no longer count; the picture has lines of slope 2 and 3 beside it.  With n adapters of rank r, R = n r is at most the tensor's sides here.
 """
 
 import argparse
@@ -80,12 +80,18 @@ def main() -> None:
             f"| {' | '.join(f'{s:.3f}' for s in by_rank)} | {exponent(RANKS, by_rank):.1f} | {METHODS[method]} |",
             flush=True,
         )
-        left.loglog(COUNTS, by_count, marker="o", label=method)
-        right.loglog(RANKS, by_rank, marker="o", label=method)
+        for axes, sizes, times in ((left, COUNTS, by_count), (right, RANKS, by_rank)):
+            axes.loglog(sizes, times, marker="o", label=f"{method}: {exponent(sizes, times):.1f}")
+            axes.set_xscale("log", base=2)
     left.set(xlabel=f"adapters of rank {RANK}", ylabel="seconds")
     right.set(xlabel=f"rank of {COUNT} adapters")
-    right.legend(frameon=False)
-    for axes in (left, right):
+    for axes, sizes in ((left, COUNTS), (right, RANKS)):
+        end = axes.get_ylim()[1]
+        for power, style in ((2, "--"), (3, ":")):  # what theory says, through the upper right corner
+            lines = [end * (size / sizes[-1]) ** power for size in sizes]
+            axes.plot(sizes, lines, style, color="gray", label=f"slope {power}")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.legend(frameon=False, title="exponent of the upper half")
         axes.grid(alpha=0.3)
     if args.picture:
         plt.tight_layout()

@@ -4,12 +4,14 @@
 
 With --base and --adapters that model and those adapters; otherwise four layers of Llama-3-8B's shapes and four adapters
 of rank 64 on all linear layers.  Medians; the first turn is a warm-up.  With --async-write, mergekit's own option, one
-shard is written while the next is made, by the copy as by the merges.
+shard is written while the next is made, by the copy as by the merges.  Every output goes to a new directory, under TMPDIR
+if that is set: `TMPDIR=/dev/shm` leaves the disk out.
 """
 
 import argparse
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -58,6 +60,7 @@ def compare(folder: Path, recipes: dict[str, dict], runs: int, options: list[str
     for turn in range(runs + 1):
         for method, recipe in recipes.items():
             (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+            shutil.rmtree(folder / "out", ignore_errors=True)  # a file that takes another's place costs more
             seconds, _ = measure(*command)
             if turn:
                 seen[method].append(seconds)
