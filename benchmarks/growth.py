@@ -4,7 +4,8 @@
 
 Seconds of the processor (all threads), the median of three merges.  Merged updates are cut to the adapters' rank.  The
 exponent is the slope of log seconds over log size, fitted to the upper half of the sizes, where the fixed costs of a call
-no longer count; the picture has lines of slope 2 and 3 beside it.  With n adapters of rank r, R = n r is at most the tensor's sides here.
+no longer count; the picture has lines of slope 2 and 3 beside it.  With n adapters of rank r, R = n r is at most the
+tensor's sides here.
 """
 
 import argparse
