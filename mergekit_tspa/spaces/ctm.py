@@ -11,7 +11,7 @@ from mergekit_tspa.spaces.cores import cores
 from mergekit_tspa.spaces.factor import encode
 from mergekit_tspa.updates import LoraFactors
 
-_SMALL = 256  # a side whose eigenvectors cost little
+_SMALL = 96  # a side whose eigenvectors cost little beside the steps that they save
 
 
 def ctm(factors: Sequence[LoraFactors], rank: int, beta: float = 0.0) -> Basis:

@@ -117,13 +117,14 @@ def test_ctm_is_gauge_free_and_ignores_scale():
         assert relative_error(a @ a.mT, b @ b.mT) < 1e-5
 
 
+@pytest.mark.parametrize("own", [15, 40])
 @pytest.mark.parametrize("rank", [4, 24, 40])
 @pytest.mark.parametrize("values", ["equal", "falling", "few"])
-def test_subspaces_of_large_cores_hold_as_much_as_those_of_full_eigenvectors(rank, values, monkeypatch):
+def test_subspaces_of_large_cores_hold_as_much_as_those_of_full_eigenvectors(own, rank, values, monkeypatch):
     """Whatever the singular values are, those that are zero among them."""
-    c = cores(draw([40] * 8, 400, 360))
+    c = cores(draw([own] * 8, 400, 360))
     B, A = torch.stack([*c.R_B]), torch.stack([R.mT for R in c.R_A])
-    falling = torch.logspace(0, -4, 40, dtype=torch.float64)
+    falling = torch.logspace(0, -4, own, dtype=torch.float64)
     sizes = {"equal": falling**0, "falling": falling, "few": (falling > 0.3).double()}
     B = B * sizes[values]
     held = lambda P, Q: ((P.mT @ B) @ (A @ Q)).square().sum().item()  # noqa: E731
