@@ -129,14 +129,16 @@ def _is_mean(name: str) -> bool:
     return isinstance(registered.get(name), AlignedMean)
 
 
-def _refuse_misspelt(name: str) -> None:
+def _refuse_unknown(name: str) -> None:
     """
     Raises:
-        InputError: a method that mergekit does not know and whose name is nearly one of ours.
+        InputError: a method that mergekit does not know; it would merge the adapters before it says so.
     """
-    near = nearest(name, [*METHODS, MEAN_OF_MODELS], cutoff=0.8)
-    if near and _registered and name not in {method.spec.name for method in compat.registered_methods()}:
-        raise InputError(f"there is no merge_method {name!r}; do you mean {near[0]}?")
+    known = [method.spec.name for method in compat.registered_methods()]
+    if _registered and name not in known:
+        near = nearest(name, known)
+        hint = f"do you mean {near[0]}?" if near else "`mergekit-tspa methods` lists those on adapters"
+        raise InputError(f"there is no merge_method {name!r}; {hint}")
 
 
 def _register_methods(registry: ModuleType) -> None:
@@ -168,7 +170,7 @@ def _get_architecture_info(
         adopt_models(config, options)
         return fit_architecture(original, config, options)
     if not _ours(config.merge_method):
-        _refuse_misspelt(config.merge_method)
+        _refuse_unknown(config.merge_method)
         return original(config, options)
     from mergekit_tspa.plugin.recipe import adopt, adopt_modules
 

@@ -179,6 +179,10 @@ def test_methods_in_capitals(llama, adapters, tmp_path):
         result = merge(config, tmp_path / "out")
         assert result.exit_code == 1 and "do you mean core_tsv?" in result.output
         assert "do you mean core_tsv" in answer("check", write_recipe(tmp_path / "r.yml", config))
+    for name, hint in {"tsap": "do you mean tspa?", "qqq": "`mergekit-tspa methods` lists"}.items():
+        result = merge(recipe(name, llama, adapters[:2]), tmp_path / "out")
+        assert result.exit_code == 1 and f"there is no merge_method '{name}'; {hint}" in result.output
+    assert not (tmp_path / "out").exists()
     assert nearest("Weight", ["weight"]) == ["weight"]
 
 
