@@ -232,5 +232,5 @@ def test_seen_at_the_first_use(monkeypatch, caplog):
     assert not hooks._ours(name)
     assert not hooks._ours(name)
     assert name not in {known.spec.name for known in compat.registered_methods()}
-    hooks._refuse_misspelt(name[:-1])
+    hooks._refuse_unknown(name[:-1])
     assert caplog.messages == [compat.sentence(["mergekit.plan.MergePlanner._plan"])]
