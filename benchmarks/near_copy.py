@@ -1,11 +1,13 @@
 """What a merge costs beside mergekit's own copy of the base (`passthrough`), as whole commands, in turns.
 
     python benchmarks/near_copy.py [--base MODEL --adapters DIR ...] [--async-write] [--runs 3]
+        [--beside CHECKOUT]
 
 With --base and --adapters that model and those adapters; otherwise four layers of Llama-3-8B's shapes and four adapters
 of rank 64 on all linear layers.  Medians; the first turn is a warm-up.  With --async-write, mergekit's own option, one
 shard is written while the next is made, by the copy as by the merges.  Every output goes to a new directory, under TMPDIR
-if that is set: `TMPDIR=/dev/shm` leaves the disk out.
+if that is set: `TMPDIR=/dev/shm` leaves the disk out.  With --beside, another checkout of this project, such as one of an
+earlier version, takes every turn too, and the copy it is compared with is of both checkouts, which copy alike.
 """
 
 import argparse
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=METHODS)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--async-write", action="store_true")
+    parser.add_argument("--beside", type=Path)
     args = parser.parse_args()
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} CPU cores; python {' '.join(sys.argv)}\n")
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as name:
@@ -43,28 +46,35 @@ def main() -> None:
         recipes = {"passthrough": {"merge_method": "passthrough", "models": [{"model": str(base)}]}}
         models = [{"model": f"{base}+{adapter}"} for adapter in adapters]
         recipes |= {method: {"merge_method": method, "models": models} for method in args.methods}
-        seconds = compare(folder, recipes, args.runs, ["--async-write"] if args.async_write else [])
-    print("| method | seconds | times the copy |\n|---|---|---|")
-    for method, taken in seconds.items():
-        print(f"| {method} | {taken:.1f} | {taken / seconds['passthrough']:.2f} |")
+        checkouts = [Path(__file__).parents[1], *([args.beside.resolve()] if args.beside else [])]
+        options = ["--async-write"] if args.async_write else []
+        seen = compare(folder, recipes, checkouts, args.runs, options)
+    copy = statistics.median(seconds for checkout in checkouts for seconds in seen[checkout, "passthrough"])
+    print("| checkout | method | seconds | times the copy |\n|---|---|---|---|")
+    for (checkout, method), seconds in seen.items():
+        taken = statistics.median(seconds)
+        print(f"| {checkout.name} | {method} | {taken:.1f} | {taken / copy:.2f} |")
 
 
-def compare(folder: Path, recipes: dict[str, dict], runs: int, options: list[str]) -> dict[str, float]:
-    command = [
-        str(Path(sys.executable).parent / "mergekit-yaml"),
-        str(folder / "recipe.yml"),
-        str(folder / "out"),
-    ]
+def compare(
+    folder: Path, recipes: dict[str, dict], checkouts: list[Path], runs: int, options: list[str]
+) -> dict[tuple[Path, str], list[float]]:
+    """Seconds of every run but the first, of each checkout and method."""
+    script = str(Path(sys.executable).parent / "mergekit-yaml")
+    command = [script, str(folder / "recipe.yml"), str(folder / "out")]
     command += ["--quiet", "--out-shard-size", "250M", *options]
-    seen: dict[str, list[float]] = {method: [] for method in recipes}
+    seen: dict[tuple[Path, str], list[float]] = {(c, method): [] for c in checkouts for method in recipes}
     for turn in range(runs + 1):
         for method, recipe in recipes.items():
-            (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
-            shutil.rmtree(folder / "out", ignore_errors=True)  # a file that takes another's place costs more
-            seconds, _ = measure(*command)
-            if turn:
-                seen[method].append(seconds)
-    return {method: statistics.median(taken) for method, taken in seen.items()}
+            for checkout in checkouts:
+                os.environ["PYTHONPATH"] = str(checkout)
+                (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+                # A file that takes another's place costs more.
+                shutil.rmtree(folder / "out", ignore_errors=True)
+                seconds, _ = measure(*command)
+                if turn:
+                    seen[checkout, method].append(seconds)
+    return seen
 
 
 if __name__ == "__main__":

@@ -120,11 +120,16 @@ class ModelTensors:
 
     def places(self, tensor: str) -> dict[str, Index]:
         """Names of tensors, on disk and at run time, that hold a tensor or expert, and at which index."""
+        whole, index = self.place(tensor)
+        if index:
+            return dict.fromkeys(self.places(whole), index)
+        name, part = self._at_run_time(tensor)
+        return {tensor: ()} | {name: part}
+
+    def place(self, tensor: str) -> tuple[str, Index]:
+        """The tensor on disk that holds a tensor or expert, and at which index."""
         whole, bracket, expert = tensor.partition("[")
-        if bracket:
-            return {name: (int(expert[:-1]),) for name in self.places(whole)}
-        name, index = self._at_run_time(tensor)
-        return {tensor: ()} | {name: index}
+        return whole, (int(expert[:-1]),) if bracket else ()
 
     @cached_property
     def _names(self) -> TensorNames:

@@ -332,10 +332,8 @@ def _wanted(
         loader = adapter_loader(reference)
         done = touched.setdefault(reference, set())
         given = infos.get(reference, shared)
-        parts: Mapping[str, Index] = next(
-            (loader.parts[known] for known in (given.name, *(given.aliases or ())) if known in loader.parts),
-            {},
-        )
+        names = (given.name, *(given.aliases or ()))
+        parts: Mapping[str, Index] = next(filter(None, map(loader.parts, names)), {})
         if parts and reference not in infos:
             raise InputError(
                 f"{loader.adapter.name}: it adapts {given.name}, but mergekit does not weigh the inputs of "
@@ -377,7 +375,7 @@ def _text_sources(
 def _refuse_dense(method: Method, name: str, task: ExecuteMergeMethodTask) -> None:
     """A tensor whose vocabulary mergekit aligns reaches the method dense."""
     for reference in task.model_order:
-        if isinstance(reference, AdapterReference) and name in (loader := adapter_loader(reference)).parts:
+        if isinstance(reference, AdapterReference) and (loader := adapter_loader(reference)).parts(name):
             raise InputError(dense_message(method, name, loader.adapter.name))
 
 

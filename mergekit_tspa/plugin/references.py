@@ -1,6 +1,7 @@
 """References to adapters, and to full models as such, that are read as factors and never merged to disk."""
 
 from collections.abc import KeysView
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -141,11 +142,9 @@ class AlignedLoader(LazyTensorLoader):
 class LoraLoader(LazyTensorLoader):
     """The tensors of a base model with an adapter applied on the fly; its index is the base's."""
 
+    base: ModelTensors
     adapter: Adapter
     modules: dict[str, str]  # base tensor, or expert of a fused one -> adapter module
-    parts: dict[
-        str, dict[str, Index]
-    ]  # tensor, by each of its names -> what the adapter changes of it, and where
 
     def __init__(
         self,
@@ -156,20 +155,37 @@ class LoraLoader(LazyTensorLoader):
         modules: dict[str, str],
     ):
         super().__init__(index, lazy_unpickle)
-        self.adapter, self.modules = adapter, modules
-        self.parts = {}
-        for part in self.adapted:
-            for tensor, place in base.places(part).items():
-                self.parts.setdefault(tensor, {})[part] = place
+        self.base, self.adapter, self.modules = base, adapter, modules
 
     @property
     def adapted(self) -> KeysView[str]:
         """Base tensors, or experts of fused ones, that the adapter changes; in the adapter's order."""
         return {**self.modules, **self.adapter.changes}.keys()
 
+    def parts(self, name: str) -> dict[str, Index]:
+        """What the adapter changes of a tensor, by its name on disk or at run time, and where."""
+        # The names at run time come from a table of all models of transformers that takes a while to build.
+        on_disk = name in self.base.shapes
+        return (self._parts_on_disk if on_disk else self._parts_by_every_name).get(name, {})
+
+    @cached_property
+    def _parts_on_disk(self) -> dict[str, dict[str, Index]]:
+        parts: dict[str, dict[str, Index]] = {}
+        for part in self.adapted:
+            tensor, index = self.base.place(part)
+            parts.setdefault(tensor, {})[part] = index
+        return parts
+
+    @cached_property
+    def _parts_by_every_name(self) -> dict[str, dict[str, Index]]:
+        parts: dict[str, dict[str, Index]] = {}
+        for part in self.adapted:
+            for tensor, index in self.base.places(part).items():
+                parts.setdefault(tensor, {})[part] = index
+        return parts
+
     def get_tensor(self, key: str, device: str = "cpu", **kwargs: Any) -> torch.Tensor | None:
         """The adapted tensor in its base's dtype.  Only stock tasks that need a dense tensor come here."""
         W = super().get_tensor(key, device, **kwargs)
-        if W is None or key not in self.parts:
-            return W
-        return apply_adapter(W, self.adapter, self.modules, self.parts[key], device)
+        parts = self.parts(key)
+        return apply_adapter(W, self.adapter, self.modules, parts, device) if parts and W is not None else W

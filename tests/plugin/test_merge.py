@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mergekit_tspa import merge_adapters
+from mergekit_tspa.plugin.tasks import on_device
 from tests.conftest import (
     base_tensors,
     merge,
@@ -324,3 +325,23 @@ def test_an_adapter_of_another_base_is_warned_of_once(llama, adapters, tmp_path,
     assert said() == [sentence]
     merge_adapters("core_tsv", [adapters[1], stray])
     assert said() == [f"{stray}: it says that it was trained on meta/another, and {adapters[1]} on {llama}"]
+
+
+def test_names_at_run_time_are_not_looked_up_in_vain(llama, adapters, tmp_path, monkeypatch):
+    """For them transformers builds a table of all its models, which takes as long as planning a small merge."""
+    from transformers import conversion_mapping
+
+    def refuse(kind):
+        raise AssertionError(kind)
+
+    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", refuse)
+    got = merged_tensors(recipe("lora_task_arithmetic", llama, adapters), tmp_path / "out")
+    check(got, weighted_target(llama, adapters, [1.0, 1.0, 1.0]))
+
+
+def test_tasks_on_the_cpu_have_no_device_context():
+    """It would slow down every call of torch, and so the thousands of small steps of a solver."""
+    with on_device(None) as device:
+        assert device.type == "cpu" and torch._C._len_torch_function_stack() == 0
+    with torch.device("meta"), on_device("cpu"):
+        assert torch.zeros(2).device.type == "cpu"
