@@ -334,8 +334,9 @@ def test_names_at_run_time_are_not_looked_up_in_vain(llama, adapters, tmp_path, 
     def refuse(kind):
         raise AssertionError(kind)
 
-    monkeypatch.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", refuse)
-    got = merged_tensors(recipe("lora_task_arithmetic", llama, adapters), tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion_mapping, "get_checkpoint_conversion_mapping", refuse)
+        got = merged_tensors(recipe("lora_task_arithmetic", llama, adapters), tmp_path / "out")
     check(got, weighted_target(llama, adapters, [1.0, 1.0, 1.0]))
 
 
