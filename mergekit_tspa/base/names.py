@@ -46,7 +46,8 @@ class TensorNames:
                 parts = set(wanted.split("."))
                 shared = [len(parts & set(name.split("."))) for name in found]
                 return found[shared.index(max(shared))] if shared.count(max(shared)) == 1 else None
-        return None
+        bare = wanted.removeprefix("model.")  # of a tensor outside the layers, such as the embeddings
+        return bare if bare in self.tensors else None
 
     def nearest(self, wanted: str) -> str:
         return (nearest(wanted, self.tensors, cutoff=0) or ["none"])[0]

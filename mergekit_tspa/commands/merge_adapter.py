@@ -1,5 +1,6 @@
 """`mergekit-tspa adapter`."""
 
+import math
 from pathlib import Path
 
 import click
@@ -20,13 +21,15 @@ from mergekit_tspa.plugin.compat import MergeOptions, add_merge_options
 @click.argument("out_path", type=NamedPath(file_okay=False, path_type=Path))
 @click.option(
     "--memory",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=2**20),
     help="GiB for the tensors that are merged at the same time; by default 1/32 of the machine's, "
     "and at least 1",
 )
 @add_merge_options
 def main(merge_options: MergeOptions, config_file: Path, out_path: Path, memory: float | None) -> None:
     """Merge to one PEFT adapter: the recipe of a full merge, without reading or writing a model."""
+    if memory is not None and math.isnan(memory):
+        raise click.UsageError(f"--memory {memory} is no amount of memory; give a number of GiB")
     merge_options.apply_global_options()
     with limited(memory):
         merge_to_adapter(config_file, merge_options, out_path)

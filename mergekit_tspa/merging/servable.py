@@ -117,7 +117,8 @@ def module_name(plan: TensorPlan) -> str:
     out.
     """
     name = max((module for _, module in plan.sources), key=len)
-    whole = plan.name.removesuffix(".weight")
+    # A file may have the prefix `model.` twice, which transformers takes for one.
+    whole = re.sub(r"^(\w+\.)\1+", r"\1", plan.name.removesuffix(".weight"))
     return whole if whole.endswith(f".{name}") else name
 
 

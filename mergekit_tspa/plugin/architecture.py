@@ -161,7 +161,11 @@ def _check_complete(config: MergeConfiguration, options: MergeOptions) -> None:
         LOG.info("%s: transformers cannot say what belongs to it (%s)", reference, error)
         return
     if missing := loading["missing_keys"]:
-        raise InputError(f"{reference}: its checkpoint lacks {min(missing)}; copy or save the model again")
+        unknown = loading["unexpected_keys"]
+        instead = f" and has {min(unknown)}, which transformers does not know" if unknown else ""
+        raise InputError(
+            f"{reference}: its checkpoint lacks {min(missing)}{instead}; copy or save the model again"
+        )
 
 
 def _of_tensors(headers: Mapping[str, tuple[tuple[int, ...], str]]) -> ModelArchitecture:

@@ -365,4 +365,20 @@ def test_memory_bounds_how_many_tensors_are_merged_at_once(llama, adapters, tmp_
     free, little = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("free", "little"))
     for key, tensor in free.items():
         torch.testing.assert_close(little[key], tensor)
-    assert "0.1" in adapter_command(config, tmp_path / "none", "--memory", "0").output
+    for wrong in ("0", "nan", "inf", "1e300"):
+        result = adapter_command(config, tmp_path / "none", "--memory", wrong)
+        assert result.exit_code == 2 and "--memory" in result.output, result.output
+
+
+def test_a_base_whose_names_have_the_prefix_twice(llama, adapters, tmp_path):
+    """transformers takes the second away when it loads the base, and PEFT looks for modules by their names then."""
+    twice = tmp_path / "twice"
+    shutil.copytree(llama, twice)
+    tensors = load_file(llama / "model.safetensors")
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()}, twice / "model.safetensors")
+    for base in (llama, twice):
+        result = adapter_command(recipe("lora_task_arithmetic", base, adapters), tmp_path / f"of_{base.name}")
+        assert result.exit_code == 0, result.output
+    target = peft_merged(llama, tmp_path / "of_llama")
+    for name, tensor in peft_merged(twice, tmp_path / "of_twice").items():
+        assert relative_error(tensor, target[name]) < 1e-6, name

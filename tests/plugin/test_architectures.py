@@ -498,12 +498,28 @@ def test_modules_of_a_base_with_several_stacks(tmp_path):
         assert relative_error(tensor, W[name] + weight * (merged[name] - W[name])) < 1e-6, name
 
 
+def test_an_adapter_of_embeddings_on_a_base_without_the_prefix_model(tmp_path):
+    base = save_llama(tmp_path / "base", tie_word_embeddings=False)
+    adapter = save_adapter(base, tmp_path / "a", target_modules=["embed_tokens", "lm_head", "q_proj"])
+    W, merged = load_file(base / "model.safetensors"), peft_merged(base, adapter)
+    bare = {name.removeprefix("model."): tensor for name, tensor in W.items()}
+    save_file(bare, base / "model.safetensors", {"format": "pt"})
+    got = merged_tensors(recipe("lora_task_arithmetic", base, [adapter]), tmp_path / "out")
+    assert got.keys() == bare.keys() and not torch.equal(
+        got["embed_tokens.weight"], bare["embed_tokens.weight"]
+    )
+    for name, tensor in merged.items():
+        assert relative_error(got[name.removeprefix("model.")], tensor) < 1e-6, name
+
+
 def bad_bases(folder):
     """`{what is wrong: (recipe, what the message must say)}`."""
     llama = save_llama(folder / "llama")
     lora = save_adapter(llama, folder / "lora")
-    incomplete, unnamed = (shutil.copytree(llama, folder / name) for name in ("incomplete", "unnamed"))
+    copies = ("incomplete", "unnamed", "renamed")
+    incomplete, unnamed, renamed = (shutil.copytree(llama, folder / name) for name in copies)
     tensors = load_file(llama / "model.safetensors")
+    save_file({f"a.{n}": t for n, t in tensors.items()}, renamed / "model.safetensors", {"format": "pt"})
     del tensors["model.norm.weight"]
     save_file(tensors, incomplete / "model.safetensors", {"format": "pt"})
     config = json.loads((llama / "config.json").read_text())
@@ -522,7 +538,11 @@ def bad_bases(folder):
     return {
         "incomplete": (
             recipe("core_tsv", incomplete, [lora]),
-            "incomplete: its checkpoint lacks model.norm.weight",
+            "incomplete: its checkpoint lacks model.norm.weight;",
+        ),
+        "renamed": (
+            recipe("core_tsv", renamed, [lora]),
+            "has a.model.embed_tokens.weight, which transformers does not know",
         ),
         "no class": (recipe("core_tsv", unnamed, [lora]), "does not name the class of the model"),
         "vocabulary": (
