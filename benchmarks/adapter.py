@@ -3,10 +3,11 @@
     python benchmarks/adapter.py [--model 8b|70b|moe] [--adapters 8] [--rank 16] [--all-linear] [--methods NAME ...]
 
 The base's header is real and its weights are a hole in a sparse file: the methods measured here must not look at them.
-Merged updates are cut to the adapters' rank.  With experts (`moe`) they are made and not written.  The floor is what a merge in small coordinates cannot do without, measured in the same run and with the
-same threads: every factor read once from its file, and a QR in float32 of the stacked factors of each side of each
-tensor.  The last column is how far the updates of one layer are from those of the same method with a QR in float64 in
-place of Gram matrices, `||difference|| / ||update||`, the largest of the layer.
+Merged updates are cut to the adapters' rank.  With experts (`moe`) they are made and not written.  The floor is what a
+merge in small coordinates cannot do without, measured in the same run and with the same threads: every factor read once
+from its file, and a QR in float32 of the stacked factors of each side of each tensor.  The last column is how far the
+updates of one layer are from those of the same method with a QR in float64 in place of Gram matrices,
+`||difference|| / ||update||`, the largest of the layer.
 
 `regmean` reads no texts here: it gets statistics of random inputs, in files as `mergekit-tspa calibrate` writes them.
 """

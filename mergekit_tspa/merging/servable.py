@@ -118,7 +118,7 @@ def module_name(plan: TensorPlan) -> str:
     """
     name = max((module for _, module in plan.sources), key=len)
     # A file may have the prefix `model.` twice, which transformers takes for one.
-    whole = re.sub(r"^(\w+\.)\1+", r"\1", plan.name.removesuffix(".weight"))
+    whole = re.sub(r"^(model\.)+", "model.", plan.name.removesuffix(".weight"))
     return whole if whole.endswith(f".{name}") else name
 
 

@@ -1,6 +1,6 @@
 """References to adapters, and to full models as such, that are read as factors and never merged to disk."""
 
-from collections.abc import KeysView
+from collections.abc import Callable, Iterable, KeysView
 from functools import cached_property
 from typing import Any
 
@@ -170,17 +170,16 @@ class LoraLoader(LazyTensorLoader):
 
     @cached_property
     def _parts_on_disk(self) -> dict[str, dict[str, Index]]:
-        parts: dict[str, dict[str, Index]] = {}
-        for part in self.adapted:
-            tensor, index = self.base.place(part)
-            parts.setdefault(tensor, {})[part] = index
-        return parts
+        return self._parts_by(lambda part: [self.base.place(part)])
 
     @cached_property
     def _parts_by_every_name(self) -> dict[str, dict[str, Index]]:
+        return self._parts_by(lambda part: self.base.places(part).items())
+
+    def _parts_by(self, places: Callable[[str], Iterable[tuple[str, Index]]]) -> dict[str, dict[str, Index]]:
         parts: dict[str, dict[str, Index]] = {}
         for part in self.adapted:
-            for tensor, index in self.base.places(part).items():
+            for tensor, index in places(part):
                 parts.setdefault(tensor, {})[part] = index
         return parts
 
